@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+// kilin bench kda: the operator alone, chunked against token by token.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/cpu.h"
+#include "base/random.h"
+#include "base/thread_pool.h"
+#include "kernels/kda/kda.h"
+#include "kilin/bench.h"
+#include "kilin/common.h"
+#include "kilin/format.h"
+#include "kilin/output.h"
+
+namespace kilin::cli {
+namespace {
+
+constexpr const char* kFooter =
+    R"(One sequence of random values: l2norm of q and k, softplus gate and sigmoid of
+beta included. Both forms compute the same; prefill uses the chunked one.
+
+Example:
+  kilin bench kda --tokens 4096 --heads 32 --threads 1)";
+
+struct KdaBenchOptions {
+  BenchOptions bench;
+  int tokens = 2048;
+  int heads = 8;
+  int dim = 128;
+};
+
+// Random inputs of one sequence, and the arguments of the kernel that point at them.
+class Inputs {
+ public:
+  explicit Inputs(const KdaBenchOptions& options) : cu_seqlens_{0, options.tokens} {
+    const auto row = static_cast<int64_t>(options.heads) * options.dim;
+    const auto size = static_cast<size_t>(options.tokens * row);
+    q_ = normal(size);
+    k_ = normal(size);
+    v_ = normal(size);
+    gate_ = normal(size);
+    beta_ = normal(static_cast<size_t>(options.tokens) * static_cast<size_t>(options.heads));
+    out_.resize(size);
+    state_.resize(static_cast<size_t>(row * options.dim));
+    a_log_.assign(static_cast<size_t>(options.heads), 1.0f);
+    dt_bias_.assign(static_cast<size_t>(row), -4.0f);  // decays near those of trained models: slow
+    fill_params(options, row);
+  }
+  Inputs(const Inputs&) = delete;
+  Inputs& operator=(const Inputs&) = delete;
+
+  const KdaParams& params() const { return params_; }
+  void clear_state() { std::fill(state_.begin(), state_.end(), 0.0f); }
+
+ private:
+  std::vector<float> normal(size_t count) {
+    std::vector<float> values(count);
+    for (float& value : values) value = static_cast<float>(random_.normal());
+    return values;
+  }
+
+  void fill_params(const KdaBenchOptions& options, int64_t row) {
+    KdaParams& p = params_;
+    p.heads = p.value_heads = options.heads;
+    p.key_dim = p.value_dim = options.dim;
+    p.sequences = 1;
+    p.cu_seqlens = cu_seqlens_.data();
+    p.slots = &slot_;
+    p.q = q_.data();
+    p.k = k_.data();
+    p.v = v_.data();
+    p.gate = gate_.data();
+    p.beta = beta_.data();
+    p.q_stride = p.k_stride = p.v_stride = p.gate_stride = p.out_stride = row;
+    p.beta_stride = options.heads;
+    p.a_log = a_log_.data();
+    p.dt_bias = dt_bias_.data();
+    p.beta_is_logit = true;
+    p.scale = 1.0f / std::sqrt(static_cast<float>(options.dim));
+    p.state = state_.data();
+    p.slot_stride = row * options.dim;
+    p.out = out_.data();
+  }
+
+  Random random_{1};
+  std::array<int32_t, 2> cu_seqlens_;
+  int32_t slot_ = 0;
+  std::vector<float> q_, k_, v_, gate_, beta_, a_log_, dt_bias_, state_, out_;
+  KdaParams params_;
+};
+
+struct Result {
+  Rates chunk;      // tokens per second
+  Rates recurrent;  // tokens per second
+  double chunk_flops = 0;
+  double bytes_per_token = 0;
+};
+
+Result measure(const KdaBenchOptions& options, ThreadPool& pool) {
+  Inputs inputs(options);
+  const auto tokens = static_cast<double>(options.tokens);
+  const auto rates = [&](void (*kernel)(const KdaParams&, ThreadPool&)) {
+    kernel(inputs.params(), pool);  // warms caches and threads
+    return measure_rates(
+        options.bench.repeat, tokens, [&] { inputs.clear_state(); }, [&] { kernel(inputs.params(), pool); });
+  };
+  return {rates(&kda_chunk), rates(&kda_recurrent), kda_chunk_flops(inputs.params()),
+          kda_bytes(inputs.params()) / tokens};
+}
+
+nlohmann::ordered_json to_json(const Result& result, const KdaBenchOptions& options, const Machine& machine) {
+  const double tokens = options.tokens;
+  nlohmann::ordered_json json;
+  json["bench"] = "kda";
+  json["tokens"] = options.tokens;
+  json["heads"] = options.heads;
+  json["dim"] = options.dim;
+  json["threads"] = machine.threads;
+  json["isa"] = isa_name(active_isa());
+  json["repeats"] = options.bench.repeat;
+  json["tokens_per_second"] = result.chunk.median;
+  json["tokens_per_second_range"] = to_json(result.chunk);
+  json["chunk_ms"] = 1e3 * tokens / result.chunk.median;
+  json["recurrent_ms"] = 1e3 * tokens / result.recurrent.median;
+  json["ratio"] = result.chunk.median / result.recurrent.median;
+  json["bytes_per_token"] = result.bytes_per_token;
+  const double flops = result.chunk_flops / tokens * result.chunk.median;
+  json["flops_per_second"] = flops;
+  json["share_of_peak"] = flops / machine.flops_per_second;
+  json["share_of_bandwidth"] = result.bytes_per_token * result.chunk.median / machine.read_bytes_per_second;
+  json["bandwidth_bytes_per_second"] = machine.read_bytes_per_second;
+  json["peak_flops_per_second"] = machine.flops_per_second;
+  return json;
+}
+
+int run(const KdaBenchOptions& options) {
+  ThreadPool pool(threads_of(options.bench));
+  const Result result = measure(options, pool);
+  const Machine machine = probe_machine(pool.size());
+  if (options.bench.json) {
+    write_json_line(to_json(result, options, machine));
+    return 0;
+  }
+  const double tokens = options.tokens;
+  const double flops = result.chunk_flops / tokens * result.chunk.median;
+  const auto times = [&](const Rates& rates) {
+    return fmt::format("{:.2f} ms (median; {:.2f} to {:.2f}), {} tokens/s", 1e3 * tokens / rates.median,
+                       1e3 * tokens / rates.high, 1e3 * tokens / rates.low, human_rate(rates.median));
+  };
+  write_out(describe(machine) + "\n");
+  write_out(fmt::format("shape     {} tokens, {} heads, key and value width {}\n",
+                        with_commas(options.tokens), options.heads, options.dim));
+  write_out(fmt::format("chunked   {}\n          {:.1f} GFLOP/s, {} of the machine's multiply-adds\n",
+                        times(result.chunk), flops / 1e9, percent(flops / machine.flops_per_second)));
+  write_out(fmt::format("recurrent {}\n", times(result.recurrent)));
+  write_out(fmt::format("ratio     {:.2f} times faster in chunks\n",
+                        result.chunk.median / result.recurrent.median));
+  return 0;
+}
+
+}  // namespace
+
+Command add_bench_kda(CLI::App& parent) {
+  const auto options = std::make_shared<KdaBenchOptions>();
+  CLI::App* app = parent.add_subcommand("kda", "the KDA operator alone, chunked and token by token");
+  app->footer(kFooter);
+  const auto add = [&](const char* name, int& value, double high, const char* text) {
+    app->add_option(name, value, text)
+        ->type_name("N")
+        ->check(in_range(1, high, fmt::format("a whole number from 1 to {:.0f}", high)))
+        ->capture_default_str();
+  };
+  add("--tokens", options->tokens, 1 << 20, "length of the sequence");
+  add("--heads", options->heads, 1024, "heads");
+  add("--dim", options->dim, 256, "width of keys and values per head");
+  add_bench_options(*app, options->bench);
+  add_threads_option(*app, options->bench.threads);
+  return {app, [options] { return run(*options); }};
+}
+
+}  // namespace kilin::cli

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kilin/common.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <filesystem>
+#include <limits>
+#include <system_error>
+
+#include "base/error.h"
+#include "io/printable.h"
+#include "kilin/help.h"
+#include "text/utf8.h"
+
+namespace kilin::cli {
+namespace {
+
+class FileDescriptor {
+ public:
+  explicit FileDescriptor(int fd) : fd_(fd) {}
+  ~FileDescriptor() {
+    if (fd_ > STDERR_FILENO) close(fd_);
+  }
+  FileDescriptor(const FileDescriptor&) = delete;
+  FileDescriptor& operator=(const FileDescriptor&) = delete;
+  int get() const { return fd_; }
+
+ private:
+  int fd_;
+};
+
+std::string read_all(int fd, const std::string& name) {
+  std::string content;
+  std::array<char, 1 << 16> buffer;
+  while (true) {
+    const ssize_t count = read(fd, buffer.data(), buffer.size());
+    if (count > 0) content.append(buffer.data(), static_cast<size_t>(count));
+    if (count == 0) return content;
+    check(count > 0 || errno == EINTR, "{}: {}", name, io::errno_text(errno));
+  }
+}
+
+bool has_tokenizer_files(const std::string& directory) {
+  std::error_code ignored;
+  const std::filesystem::path path(directory);
+  return std::filesystem::exists(path / "tokenizer.json", ignored) ||
+         std::filesystem::exists(path / "tiktoken.model", ignored);
+}
+
+}  // namespace
+
+void add_model_argument(CLI::App& app, ModelArguments& arguments) {
+  app.add_option("MODEL", arguments.path, "Hugging Face directory of a Kimi Linear checkpoint")->required();
+}
+
+void add_threads_option(CLI::App& app, int& threads) {
+  app.add_option("--threads", threads, "threads to compute with (default: the physical cores)")
+      ->type_name("N")
+      ->check(in_range(1, 1024, "a whole number from 1 to 1024"))
+      ->group("Engine");
+}
+
+void add_engine_options(CLI::App& app, ModelArguments& arguments) {
+  add_threads_option(app, arguments.threads);
+  app.add_option("--device", arguments.device, "cpu or cuda")
+      ->type_name("D")
+      ->check(CLI::IsMember({"cpu", "cuda"}).description(""))
+      ->capture_default_str()
+      ->group("Engine");
+  app.add_option("--compat", arguments.compatibility,
+                 "agree with 'transformers', 'remote-code' (modeling_kimi.py) or 'vllm' where these differ")
+      ->type_name("NAME")
+      ->check(CLI::IsMember({"transformers", "remote-code", "vllm"}).description(""))
+      ->capture_default_str()
+      ->group("Engine");
+  app.add_option("--prefill-chunk", arguments.prefill_chunk,
+                 "prompt tokens computed at once: more is faster and takes more memory")
+      ->type_name("N")
+      ->check(at_least_one())
+      ->capture_default_str()
+      ->group("Engine");
+}
+
+ModelOptions model_options(const ModelArguments& arguments) {
+  check(arguments.device != "cuda", "--device cuda: this kilin was built without CUDA");
+  ModelOptions options;
+  options.threads = arguments.threads;
+  options.compatibility = arguments.compatibility;
+  options.prefill_chunk = arguments.prefill_chunk;
+  return options;
+}
+
+Model load_model(const ModelArguments& arguments, bool need_tokenizer) {
+  ModelOptions options = model_options(arguments);
+  options.require_tokenizer = need_tokenizer || has_tokenizer_files(arguments.path);
+  return Model::load(arguments.path, options);
+}
+
+void add_sampling_options(CLI::App& app, SamplingOptions& sampling) {
+  const auto add = [&](const char* name, auto& value, const char* text, const char* type) {
+    return app.add_option(name, value, text)->type_name(type)->capture_default_str()->group("Sampling");
+  };
+  add("--temperature", sampling.temperature, "0: always the most likely token; higher: more varied", "T")
+      ->check(zero_or_above());
+  add("--top-k", sampling.top_k, "only the K most likely tokens; 0: all", "K")
+      ->check(in_range(0, std::numeric_limits<int>::max(), "a whole number from 0"));
+  add("--top-p", sampling.top_p, "only the likeliest tokens that hold this share of probability; 1: all", "P")
+      ->check(in_range(0, 1, "a number from 0 to 1"));
+  add("--min-p", sampling.min_p, "only tokens at least P times as likely as the best; 0: all", "P")
+      ->check(in_range(0, 1, "a number from 0 to 1"));
+  add("--repetition-penalty", sampling.repetition_penalty, "above 1: tokens seen are less likely; 1: off",
+      "R")
+      ->check(in_range(1e-6, 1e6, "a number above 0"));
+  add("--seed", sampling.seed, "of the random numbers: the same seed gives the same text", "N");
+}
+
+std::string read_input(const std::string& path) {
+  if (path == "-") return read_all(STDIN_FILENO, "standard input");
+  const FileDescriptor file(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  check(file.get() >= 0, "{}: {}", path, io::errno_text(errno));
+  return read_all(file.get(), path);
+}
+
+void check_text(std::string_view text, std::string_view what) { text::check_utf8(text, what); }
+
+}  // namespace kilin::cli

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// What several subcommands share: options of models and of sampling, reading inputs, clocks.
+#pragma once
+#include <kilin/kilin.h>
+
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace kilin::cli {
+
+struct ModelArguments {
+  std::string path;
+  int threads = 0;
+  std::string device = "cpu";
+  std::string compatibility = "transformers";
+  int64_t prefill_chunk = 512;
+};
+
+// The positional MODEL; then --threads, --device, --compat and --prefill-chunk.
+void add_model_argument(CLI::App& app, ModelArguments& arguments);
+void add_engine_options(CLI::App& app, ModelArguments& arguments);
+void add_threads_option(CLI::App& app, int& threads);
+
+ModelOptions model_options(const ModelArguments& arguments);
+// Without need_tokenizer the tokenizer is loaded if the checkpoint has one.
+Model load_model(const ModelArguments& arguments, bool need_tokenizer);
+
+// --temperature, --top-k, --top-p, --min-p, --repetition-penalty, --seed; defaults as they are in `sampling`.
+void add_sampling_options(CLI::App& app, SamplingOptions& sampling);
+
+// The whole of a file; "-" is standard input. Errors name the file.
+std::string read_input(const std::string& path);
+
+// Throws Error naming `what` when the text is not UTF-8.
+void check_text(std::string_view text, std::string_view what);
+
+class Stopwatch {
+ public:
+  double seconds() const { return std::chrono::duration<double>(Clock::now() - start_).count(); }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point start_ = Clock::now();
+};
+
+}  // namespace kilin::cli

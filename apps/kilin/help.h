@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the command line is described: the look of help texts, checks of values, errors of usage.
+#pragma once
+#include <CLI/CLI.hpp>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace kilin::cli {
+
+// A subcommand and what it does; run returns the exit code.
+struct Command {
+  CLI::App* app = nullptr;
+  std::function<int()> run;
+};
+
+// Runs the one of these that the command line named.
+int run_chosen(const std::vector<Command>& commands);
+
+// Wrong usage that only shows once all options are known (exit code 2).
+class UsageError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Gives the program the look of kilin's help texts; subcommands made afterwards inherit it.
+void set_help_style(CLI::App& app);
+
+// A check for number options: low <= value <= high, said as `expected` when it fails.
+CLI::Validator in_range(double low, double high, const std::string& expected);
+CLI::Validator at_least_one();   // whole numbers from 1
+CLI::Validator zero_or_above();  // any number from 0
+
+}  // namespace kilin::cli

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+# CPU kernels are written once over kernels/cpu/vec.h and compiled once per instruction set.
+# A kernel file X_isa.cc puts its code into `namespace kilin::KILIN_ISA`; the sibling X.cc chooses at run time
+# (base/cpu.h). Such a file includes no standard-library template with external linkage, so that no function
+# compiled for AVX-512 can be picked by the linker for an older machine.
+set(KILIN_ISAS portable)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  list(APPEND KILIN_ISAS avx2 avx512)
+endif()
+set(KILIN_ISA_FLAGS_portable "")
+set(KILIN_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
+set(KILIN_ISA_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16 -mfma -mf16c -mbmi2
+    -mprefer-vector-width=512)
+
+# kilin_isa_sources(TARGET file...): compiles each file once per instruction set into TARGET.
+function(kilin_isa_sources target)
+  foreach(isa IN LISTS KILIN_ISAS)
+    add_library(${target}_${isa} OBJECT ${ARGN})
+    target_include_directories(${target}_${isa} PRIVATE ${CMAKE_SOURCE_DIR}/src)
+    target_compile_definitions(${target}_${isa} PRIVATE KILIN_ISA=${isa})
+    target_compile_options(${target}_${isa} PRIVATE ${KILIN_ISA_FLAGS_${isa}} -O3 -fno-math-errno -fno-trapping-math
+                                                    -ffp-contract=fast)
+    target_link_libraries(${target}_${isa} PRIVATE kilin_flags fmt::fmt)
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${isa}>)
+  endforeach()
+endfunction()

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "base/cpu.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <fstream>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+
+namespace kilin {
+namespace {
+
+std::vector<Isa> detect() {
+  std::vector<Isa> isas{Isa::kPortable};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  if (avx2) isas.push_back(Isa::kAvx2);
+  if (avx512) isas.push_back(Isa::kAvx512);
+#endif
+  return isas;
+}
+
+Isa initial_isa() {
+  const auto isas = supported_isas();
+  const char* forced = std::getenv("KILIN_ISA");
+  if (forced == nullptr || *forced == '\0') return isas.back();
+  for (Isa isa : isas) {
+    if (isa_name(isa) == forced) return isa;
+  }
+  std::string names;
+  for (Isa isa : isas) names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
+  fail("KILIN_ISA: found '{}', expected one that this machine runs: {}", forced, names);
+}
+
+std::atomic<int>& forced_isa() {
+  static std::atomic<int> isa{-1};
+  return isa;
+}
+
+}  // namespace
+
+std::string_view isa_name(Isa isa) {
+  static constexpr std::array<std::string_view, 3> kNames{"portable", "avx2", "avx512"};
+  return kNames[static_cast<size_t>(isa)];
+}
+
+std::span<const Isa> supported_isas() {
+  static const std::vector<Isa> isas = detect();
+  return isas;
+}
+
+Isa active_isa() {
+  const int forced = forced_isa().load(std::memory_order_relaxed);
+  if (forced >= 0) return static_cast<Isa>(forced);
+  static const Isa isa = initial_isa();
+  return isa;
+}
+
+void set_isa(Isa isa) { forced_isa() = static_cast<int>(isa); }
+
+int physical_cores() {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
+  std::set<std::pair<int, int>> cores;  // (package, core): hyper-threads of one core count once
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &allowed)) continue;
+    const std::string topology = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
+    int package = 0;
+    int core = cpu;
+    std::ifstream(topology + "physical_package_id") >> package;
+    std::ifstream core_file(topology + "core_id");
+    if (core_file) core_file >> core;
+    cores.emplace(package, core);
+  }
+  return std::max(1, static_cast<int>(cores.size()));
+}
+
+}  // namespace kilin

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which instruction set the CPU kernels run on. Chosen once: the best this machine has, or the one forced by
+// set_isa() or by the environment variable KILIN_ISA (portable, avx2, avx512).
+#pragma once
+#include <span>
+#include <string_view>
+
+namespace kilin {
+
+enum class Isa { kPortable, kAvx2, kAvx512 };
+
+std::string_view isa_name(Isa isa);
+// The instruction sets that are compiled in and that this machine can run, weakest first.
+std::span<const Isa> supported_isas();
+// The instruction set in use. Throws Error if KILIN_ISA names an unknown or unsupported one.
+Isa active_isa();
+// Forces an instruction set from here on (tests loop over supported_isas()). Not for use while kernels run.
+void set_isa(Isa isa);
+
+// Number of physical cores this process may run on (at least 1).
+int physical_cores();
+
+}  // namespace kilin

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// A pool of worker threads for kernels: parallel_for with little latency (a short spin before sleeping),
+// nested calls run inline, correct with more threads than cores.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace kilin {
+
+class ThreadPool {
+ public:
+  // threads >= 1 counts the calling thread. Throws Error if threads < 1 or above 1,024.
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls task(index, worker) for every index in [0, count) exactly once, on any worker in [0, size());
+  // returns when all are done. Indices are handed out one at a time, in rising order. The first exception of
+  // a task is rethrown here after all workers stopped. Called from inside a task, it runs inline on that
+  // worker.
+  template <class Task>
+  void parallel_for(int64_t count, Task&& task) {  // NOLINT(cppcoreguidelines-missing-std-forward)
+    using T = std::remove_reference_t<Task>;
+    const auto call = [](const void* object, int64_t index, int worker) {
+      (*static_cast<T*>(const_cast<void*>(object)))(index, worker);
+    };
+    run(count, call, &task);
+  }
+
+ private:
+  // A plain pair of pointers instead of std::function: decode starts a hundred of these per token.
+  using Call = void (*)(const void* task, int64_t index, int worker);
+  void run(int64_t count, Call call, const void* task);
+  void worker_loop(int worker);
+  void run_indices(int worker);
+
+  std::vector<std::thread> workers_;
+  std::mutex caller_mutex_;  // one parallel_for at a time
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<bool> stop_{false};
+  std::atomic<int> running_{0};
+  std::atomic<int64_t> next_{0};
+  int64_t count_ = 0;
+  Call call_ = nullptr;
+  const void* task_ = nullptr;
+  std::exception_ptr error_;
+};
+
+}  // namespace kilin

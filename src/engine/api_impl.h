@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the public classes of kilin/kilin.h hold.
+#pragma once
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "engine/sampler.h"
+#include "kilin/kilin.h"
+#include "text/chat_template.h"
+#include "text/tokenizer.h"
+
+namespace kilin {
+
+struct Model::Impl {
+  Impl(LoadedModel loaded, const ModelOptions& model_options);
+
+  ModelOptions options;
+  ModelInfo info;
+  std::optional<text::Tokenizer> tokenizer;
+  std::optional<text::ChatTemplate> chat_template;
+  std::vector<int32_t> end_ids;
+  std::mutex mutex;  // one computation at a time
+  Engine engine;
+
+  const text::Tokenizer& need_tokenizer() const;
+  // Moves one sequence on by `tokens`; logits of the last token only, or of all of them.
+  std::span<const float> forward(int32_t slot, int64_t past, std::span<const int32_t> tokens, bool all_logits);
+  void check_tokens(std::span<const int32_t> tokens, int64_t past) const;
+};
+
+struct Sequence::Impl {
+  explicit Impl(std::shared_ptr<Model::Impl> owner);
+  ~Impl();
+  Impl(const Impl&) = delete;
+  Impl& operator=(const Impl&) = delete;
+
+  std::shared_ptr<Model::Impl> model;
+  int32_t slot = 0;
+  int64_t length = 0;
+  std::vector<float> logits;
+};
+
+struct Sampler::Impl {
+  TokenSampler sampler;
+};
+
+}  // namespace kilin

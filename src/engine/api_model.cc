@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <filesystem>
+
+#include "base/error.h"
+#include "engine/api_impl.h"
+#include "engine/facts.h"
+#include "io/json.h"
+
+namespace kilin {
+namespace {
+
+namespace fs = std::filesystem;
+
+void add_end_id(std::vector<int32_t>& ids, int64_t id, int64_t vocab) {
+  if (id < vocab && std::find(ids.begin(), ids.end(), id) == ids.end()) ids.push_back(static_cast<int32_t>(id));
+}
+
+// Tokens that end a text: those of config.json and generation_config.json, the tokenizer's end of document, and the
+// chat format's end of turn (Moonshot's files name one in one place and another in the other).
+std::vector<int32_t> find_end_ids(const Config& config, const fs::path& directory,
+                                  const std::optional<text::Tokenizer>& tokenizer) {
+  std::vector<int32_t> ids;
+  for (int64_t id : config.eos_ids) add_end_id(ids, id, config.vocab_size);
+  const fs::path generation = directory / "generation_config.json";
+  if (!directory.empty() && fs::exists(generation)) {
+    const auto json = io::JsonReader::open(generation.string());
+    if (json.has("eos_token_id")) {
+      const bool list = json.value("eos_token_id").is_array();
+      const std::vector<int64_t> found = list ? json.integers("eos_token_id", 0, config.vocab_size - 1)
+                                              : std::vector{json.integer("eos_token_id", 0, config.vocab_size - 1)};
+      for (int64_t id : found) add_end_id(ids, id, config.vocab_size);
+    }
+  }
+  if (!tokenizer) return ids;
+  if (tokenizer->eos_id()) add_end_id(ids, *tokenizer->eos_id(), config.vocab_size);
+  for (const char* name : {"<|im_end|>", "[EOT]"}) {
+    if (const auto id = tokenizer->token_to_id(name)) add_end_id(ids, *id, config.vocab_size);
+  }
+  return ids;
+}
+
+}  // namespace
+
+Model::Impl::Impl(LoadedModel loaded, const ModelOptions& model_options)
+    : options(model_options), engine(std::move(loaded), model_options.threads) {
+  check(options.prefill_chunk >= 1 && options.prefill_chunk <= 1 << 20,
+        "prefill chunk: found {}, expected 1 to 1048576 tokens", options.prefill_chunk);
+  check(options.threads >= 0 && options.threads <= 1024, "threads: found {}, expected 0 (all cores) to 1024",
+        options.threads);
+  engine.set_check_finite(options.check_finite);
+}
+
+const text::Tokenizer& Model::Impl::need_tokenizer() const {
+  check(tokenizer.has_value(), "{}: the model was loaded without a tokenizer", info.path);
+  return *tokenizer;
+}
+
+void Model::Impl::check_tokens(std::span<const int32_t> tokens, int64_t past) const {
+  const Config& c = engine.config();
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    check(tokens[i] >= 0 && tokens[i] < c.vocab_size, "token {} of {}: found id {}, expected 0 to {}", i + 1,
+          tokens.size(), tokens[i], c.vocab_size - 1);
+  }
+  check(past + static_cast<int64_t>(tokens.size()) <= c.max_length,
+        "sequence of {} tokens is longer than the model's limit of {} (model_max_length in config.json)",
+        past + static_cast<int64_t>(tokens.size()), c.max_length);
+}
+
+std::span<const float> Model::Impl::forward(int32_t slot, int64_t past, std::span<const int32_t> tokens,
+                                            bool all_logits) {
+  const auto count = static_cast<int32_t>(tokens.size());
+  const std::array<int32_t, 2> cu_seqlens{0, count};
+  std::vector<int32_t> wanted;
+  for (int32_t i = all_logits ? 0 : count - 1; i < count; ++i) wanted.push_back(i);
+  return engine.forward({tokens, cu_seqlens, std::span(&slot, 1), std::span(&past, 1), wanted});
+}
+
+Model::Model(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+Model Model::load(const std::string& path, const ModelOptions& options) {
+  const fs::path directory(path);
+  check(fs::exists(directory), "{}: no such file or directory", path);
+  check(fs::is_directory(directory),
+        "{}: is a file, expected a Hugging Face model directory (config.json, *.safetensors, tokenizer)", path);
+  check(fs::exists(directory / "config.json"), "{}: has no config.json, expected a Hugging Face model directory", path);
+  Config config = read_config_file((directory / "config.json").string(), options.compatibility);
+  auto impl = std::make_shared<Impl>(LoadedModel::load(std::move(config), io::Checkpoint::open(path)), options);
+  if (options.require_tokenizer) {
+    impl->tokenizer = text::Tokenizer::load(directory);
+    impl->chat_template = text::ChatTemplate::load(directory);
+  }
+  impl->end_ids = find_end_ids(impl->engine.config(), directory, impl->tokenizer);
+  impl->info = model_facts(impl->engine, path);
+  return Model(std::move(impl));
+}
+
+Model Model::random(const std::string& config_path, uint64_t seed, const ModelOptions& options) {
+  Config config = read_config_file(config_path, options.compatibility);
+  auto impl = std::make_shared<Impl>(LoadedModel::random(std::move(config), seed), options);
+  impl->end_ids = find_end_ids(impl->engine.config(), {}, impl->tokenizer);
+  impl->info = model_facts(impl->engine, config_path + " (random weights)");
+  return Model(std::move(impl));
+}
+
+const ModelInfo& Model::info() const { return impl_->info; }
+bool Model::has_tokenizer() const { return impl_->tokenizer.has_value(); }
+bool Model::has_chat_template() const { return impl_->chat_template.has_value(); }
+const std::vector<int32_t>& Model::end_ids() const { return impl_->end_ids; }
+
+std::vector<int32_t> Model::encode(std::string_view text) const { return impl_->need_tokenizer().encode(text); }
+
+std::string Model::decode_text(std::span<const int32_t> ids, bool skip_special) const {
+  return impl_->need_tokenizer().decode(ids, skip_special);
+}
+
+std::string Model::chat_prompt(std::span<const ChatMessage> messages) const {
+  check(impl_->chat_template.has_value(), "{}: has no chat template (chat_template.jinja or tokenizer_config.json)",
+        impl_->info.path);
+  std::vector<text::ChatMessage> list;
+  for (const ChatMessage& m : messages) list.push_back({m.role, m.content});
+  return impl_->chat_template->render(list, true);
+}
+
+int32_t Model::bos_id() const {
+  const Config& c = impl_->engine.config();
+  if (impl_->tokenizer && impl_->tokenizer->bos_id()) return *impl_->tokenizer->bos_id();
+  return static_cast<int32_t>(c.bos_id.value_or(-1));
+}
+
+int32_t Model::eos_id() const {
+  const Config& c = impl_->engine.config();
+  if (impl_->tokenizer && impl_->tokenizer->eos_id()) return *impl_->tokenizer->eos_id();
+  return c.eos_ids.empty() ? -1 : static_cast<int32_t>(c.eos_ids.front());
+}
+
+void Model::decode(std::span<Sequence* const> sequences, std::span<const int32_t> tokens) const {
+  check(sequences.size() == tokens.size(), "decode: found {} tokens for {} sequences", tokens.size(), sequences.size());
+  std::vector<int32_t> cu_seqlens{0}, slots, wanted;
+  std::vector<int64_t> past;
+  std::lock_guard lock(impl_->mutex);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const Sequence::Impl& s = *sequences[i]->impl_;
+    check(s.model == impl_, "decode: sequence {} belongs to another model", i + 1);
+    check(std::find(slots.begin(), slots.end(), s.slot) == slots.end(), "decode: sequence {} is named twice", i + 1);
+    impl_->check_tokens(tokens.subspan(i, 1), s.length);
+    cu_seqlens.push_back(static_cast<int32_t>(i + 1));
+    slots.push_back(s.slot);
+    past.push_back(s.length);
+    wanted.push_back(static_cast<int32_t>(i));
+  }
+  const auto logits = impl_->engine.forward({tokens, cu_seqlens, slots, past, wanted});
+  const auto vocab = static_cast<size_t>(impl_->info.vocab_size);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    Sequence::Impl& s = *sequences[i]->impl_;
+    const auto row = logits.subspan(i * vocab, vocab);
+    s.logits.assign(row.begin(), row.end());
+    ++s.length;
+  }
+}
+
+}  // namespace kilin

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/arena.h"
+
+#include <algorithm>
+#include <new>
+
+namespace kilin {
+namespace {
+constexpr size_t kAlignFloats = 16;
+constexpr size_t kBlockFloats = size_t{1} << 20;
+}  // namespace
+
+void Arena::Free::operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
+
+float* Arena::allocate(int64_t floats) {
+  const size_t need = (static_cast<size_t>(floats) + kAlignFloats - 1) / kAlignFloats * kAlignFloats;
+  while (block_ < blocks_.size() && used_ + need > blocks_[block_].floats) {
+    ++block_;
+    used_ = 0;
+  }
+  if (block_ == blocks_.size()) {
+    const size_t size = std::max(need, kBlockFloats);
+    blocks_.push_back({std::unique_ptr<float[], Free>(new (std::align_val_t{64}) float[size]), size});
+    used_ = 0;
+  }
+  float* p = blocks_[block_].data.get() + used_;
+  used_ += need;
+  return p;
+}
+
+size_t Arena::bytes() const {
+  size_t floats = 0;
+  for (const Block& b : blocks_) floats += b.floats;
+  return floats * sizeof(float);
+}
+
+}  // namespace kilin

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/engine.h"
+
+#include "base/cpu.h"
+#include "base/error.h"
+#include "kernels/norm/norm.h"
+#include "model/blocks.h"
+
+namespace kilin {
+
+Engine::Engine(LoadedModel model, int threads)
+    : model_(std::move(model)),
+      cache_(model_.config()),
+      pool_(threads > 0 ? threads : physical_cores()),
+      ops_(model_, cache_, pool_) {}
+
+std::span<const float> Engine::forward(const Batch& batch) {
+  ops_.begin(batch);
+  const EngineTensor logits = model_forward(ops_, config(), model_.weights());
+  const int64_t n = logits.rows * logits.width;
+  if (check_finite_ && !all_finite(n, logits.data)) {
+    const std::string tensor = model_.first_not_finite();
+    if (!tensor.empty()) fail("tensor '{}' holds NaN or infinity: the model's logits are not finite", tensor);
+    fail("the model's logits are not finite: float32 activations overflow with these weights and tokens");
+  }
+  return {logits.data, static_cast<size_t>(n)};
+}
+
+}  // namespace kilin

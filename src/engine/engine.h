@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstdint>
+#include <span>
+
+#include "base/thread_pool.h"
+#include "engine/cache.h"
+#include "engine/engine_ops.h"
+#include "engine/weights.h"
+#include "model/batch.h"
+
+namespace kilin {
+
+// A loaded model, its cache and its threads: computes one batch at a time. Not thread-safe.
+class Engine {
+ public:
+  Engine(LoadedModel model, int threads);
+
+  const Config& config() const { return model_.config(); }
+  const LoadedModel& model() const { return model_; }
+  Cache& cache() { return cache_; }
+  const Cache& cache() const { return cache_; }
+  ThreadPool& pool() { return pool_; }
+  int threads() const { return pool_.size(); }
+
+  // Moves the batch's sequences on. Returns logits [wanted rows][vocab], valid until the next call. Throws
+  // Error if logits are not finite, naming the weight tensor to blame if there is one.
+  std::span<const float> forward(const Batch& batch);
+
+  void set_observer(Observer observer) { ops_.set_observer(std::move(observer)); }
+  void set_check_finite(bool check) { check_finite_ = check; }
+
+ private:
+  LoadedModel model_;
+  Cache cache_;
+  ThreadPool pool_;
+  EngineOps ops_;
+  bool check_finite_ = true;
+};
+
+}  // namespace kilin

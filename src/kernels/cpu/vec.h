@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+// The SIMD vocabulary of the CPU kernels: one text for every instruction set, over the compiler's vector
+// types. The width follows from the flags the file is compiled with (cmake/isa.cmake); a*b+c contracts to FMA
+// where there is one. Everything lives in an ISA namespace, so that copies compiled with different flags
+// never meet.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#ifndef KILIN_ISA
+#error "compile this through kilin_isa_sources()"
+#endif
+
+namespace kilin::KILIN_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+inline constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+inline constexpr int kRegisters = 16;
+#else
+inline constexpr int kLanes = 4;
+inline constexpr int kRegisters = 16;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecInt __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecUint __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VecHalfBits __attribute__((vector_size(kLanes * 2)));
+
+#define KILIN_INLINE static inline __attribute__((always_inline))
+
+KILIN_INLINE Vec splat(float x) { return x - Vec{}; }
+KILIN_INLINE Vec zero() { return Vec{}; }
+
+KILIN_INLINE Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+KILIN_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+// n in [0, kLanes] floats, the rest of the lanes zero / left alone in memory
+KILIN_INLINE Vec load_part(const float* p, int n) {
+  Vec v{};
+  std::memcpy(&v, p, static_cast<unsigned>(n) * 4u);
+  return v;
+}
+KILIN_INLINE void store_part(float* p, Vec v, int n) { std::memcpy(p, &v, static_cast<unsigned>(n) * 4u); }
+
+// kLanes bfloat16 values widened exactly
+KILIN_INLINE Vec load_bf16(const void* p) {
+  VecHalfBits h;
+  std::memcpy(&h, p, sizeof h);
+  return reinterpret_cast<Vec>(__builtin_convertvector(h, VecUint) << 16);
+}
+
+// kLanes IEEE half values widened exactly (subnormals, infinities and NaN included): the half's exponent and
+// mantissa bits, read as a float, are 2^-112 times the value; one exact multiplication moves them back.
+KILIN_INLINE Vec load_f16(const void* p) {
+  VecHalfBits h;
+  std::memcpy(&h, p, sizeof h);
+  const VecUint u = __builtin_convertvector(h, VecUint);
+  const VecUint magnitude = (u & 0x7fffu) << 13;
+  const VecUint scaled = reinterpret_cast<VecUint>(reinterpret_cast<Vec>(magnitude) * splat(0x1p112f));
+  const VecUint special = static_cast<VecUint>(magnitude >= 0x0f800000u) & 0x7f800000u;
+  return reinterpret_cast<Vec>(scaled | special | ((u & 0x8000u) << 16));
+}
+
+KILIN_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+KILIN_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+KILIN_INLINE float reduce_add(Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+KILIN_INLINE float reduce_max(Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  float m = lanes[0];
+  for (int i = 1; i < kLanes; ++i) m = lanes[i] > m ? lanes[i] : m;
+  return m;
+}
+
+// e^x within 2 ulp for x in [-87.3, 88.7]; 0 below -87.3 (so that e^-inf = 0 and no subnormal arithmetic
+// happens), infinity above 88.7; NaN stays NaN. Cody-Waite reduction x = n ln2 + r, |r| <= ln2 / 2, degree-6
+// Taylor-minimax.
+KILIN_INLINE Vec exp(Vec x) {
+  const Vec clamped = max(min(x, splat(88.72283f)), splat(-87.33654f));
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const Vec shifted = clamped * splat(1.44269504f) + magic;
+  const Vec n = shifted - magic;
+  Vec r = clamped - n * splat(0.693359375f);
+  r = r - n * splat(-2.12194440e-4f);
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + splat(1.0f);
+  // 2^n in two factors, so that n = 128 does not overflow before the multiplication
+  const VecInt exponent = __builtin_convertvector(n, VecInt);
+  const VecInt half = exponent >> 1;
+  const Vec scale1 = reinterpret_cast<Vec>((half + 127) << 23);
+  const Vec scale2 = reinterpret_cast<Vec>((exponent - half + 127) << 23);
+  Vec y = p * scale1 * scale2;
+  y = x < splat(-87.33654f) ? zero() : y;
+  y = x > splat(88.72283f) ? splat(__builtin_inff()) : y;
+  return x == x ? y : x;
+}
+
+KILIN_INLINE Vec sigmoid(Vec x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
+KILIN_INLINE Vec silu(Vec x) { return x * sigmoid(x); }
+
+// ln(1 + y) for y in [0, 1], within 3 ulp: 2 atanh(y / (2 + y)), argument at most 1/3
+KILIN_INLINE Vec log1p_unit(Vec y) {
+  const Vec s = y / (y + splat(2.0f));
+  const Vec z = s * s;
+  Vec p = splat(1.0f / 15.0f);
+  p = p * z + splat(1.0f / 13.0f);
+  p = p * z + splat(1.0f / 11.0f);
+  p = p * z + splat(1.0f / 9.0f);
+  p = p * z + splat(1.0f / 7.0f);
+  p = p * z + splat(1.0f / 5.0f);
+  p = p * z + splat(1.0f / 3.0f);
+  return splat(2.0f) * (p * z * s + s);
+}
+
+// ln(1 + e^x), linear above 20 as in torch: max(x, 0) + ln(1 + e^-|x|)
+KILIN_INLINE Vec softplus(Vec x) {
+  const Vec magnitude = max(x, -x);
+  const Vec soft = max(x, zero()) + log1p_unit(exp(-magnitude));
+  return x > splat(20.0f) ? x : soft;
+}
+
+}  // namespace kilin::KILIN_ISA

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -23,7 +24,8 @@ namespace {
 
 constexpr const char* kFooter =
     R"(One sequence of random values: l2norm of q and k, softplus gate and sigmoid of
-beta included. Both forms compute the same; prefill uses the chunked one.
+beta included. All forms compute the same: in chunks (prefill), token by token in
+one call (recurrent), and token by token with a call for each (steps: decode).
 
 Example:
   kilin bench kda --tokens 4096 --heads 32 --threads 1)";
@@ -56,6 +58,18 @@ class Inputs {
   Inputs& operator=(const Inputs&) = delete;
 
   const KdaParams& params() const { return params_; }
+  // The same for the token at `index` alone.
+  KdaParams token_params(int index) const {
+    KdaParams p = params_;
+    p.cu_seqlens = one_token_.data();
+    p.q += index * p.q_stride;
+    p.k += index * p.k_stride;
+    p.v += index * p.v_stride;
+    p.gate += index * p.gate_stride;
+    p.beta += index * p.beta_stride;
+    p.out += index * p.out_stride;
+    return p;
+  }
   void clear_state() { std::fill(state_.begin(), state_.end(), 0.0f); }
 
  private:
@@ -90,14 +104,17 @@ class Inputs {
 
   Random random_{1};
   std::array<int32_t, 2> cu_seqlens_;
+  std::array<int32_t, 2> one_token_{0, 1};
   int32_t slot_ = 0;
   std::vector<float> q_, k_, v_, gate_, beta_, a_log_, dt_bias_, state_, out_;
   KdaParams params_;
 };
 
+// Rates in tokens per second.
 struct Result {
-  Rates chunk;      // tokens per second
-  Rates recurrent;  // tokens per second
+  Rates chunk;
+  Rates recurrent;  // one call for all tokens
+  Rates steps;      // a call per token, as decode does it
   double chunk_flops = 0;
   double bytes_per_token = 0;
 };
@@ -105,13 +122,20 @@ struct Result {
 Result measure(const KdaBenchOptions& options, ThreadPool& pool) {
   Inputs inputs(options);
   const auto tokens = static_cast<double>(options.tokens);
-  const auto rates = [&](void (*kernel)(const KdaParams&, ThreadPool&)) {
-    kernel(inputs.params(), pool);  // warms caches and threads
+  const auto rates = [&](const std::function<void()>& compute) {
+    compute();  // warms caches and threads
     return measure_rates(
-        options.bench.repeat, tokens, [&] { inputs.clear_state(); }, [&] { kernel(inputs.params(), pool); });
+        options.bench.repeat, tokens, [&] { inputs.clear_state(); }, compute);
   };
-  return {rates(&kda_chunk), rates(&kda_recurrent), kda_chunk_flops(inputs.params()),
-          kda_bytes(inputs.params()) / tokens};
+  Result result;
+  result.chunk = rates([&] { kda_chunk(inputs.params(), pool); });
+  result.recurrent = rates([&] { kda_recurrent(inputs.params(), pool); });
+  result.steps = rates([&] {
+    for (int i = 0; i < options.tokens; ++i) kda_recurrent(inputs.token_params(i), pool);
+  });
+  result.chunk_flops = kda_chunk_flops(inputs.params());
+  result.bytes_per_token = kda_bytes(inputs.params()) / tokens;
+  return result;
 }
 
 nlohmann::ordered_json to_json(const Result& result, const KdaBenchOptions& options, const Machine& machine) {
@@ -128,7 +152,9 @@ nlohmann::ordered_json to_json(const Result& result, const KdaBenchOptions& opti
   json["tokens_per_second_range"] = to_json(result.chunk);
   json["chunk_ms"] = 1e3 * tokens / result.chunk.median;
   json["recurrent_ms"] = 1e3 * tokens / result.recurrent.median;
+  json["steps_ms"] = 1e3 * tokens / result.steps.median;
   json["ratio"] = result.chunk.median / result.recurrent.median;
+  json["ratio_to_steps"] = result.chunk.median / result.steps.median;
   json["bytes_per_token"] = result.bytes_per_token;
   const double flops = result.chunk_flops / tokens * result.chunk.median;
   json["flops_per_second"] = flops;
@@ -159,8 +185,10 @@ int run(const KdaBenchOptions& options) {
   write_out(fmt::format("chunked   {}\n          {:.1f} GFLOP/s, {} of the machine's multiply-adds\n",
                         times(result.chunk), flops / 1e9, percent(flops / machine.flops_per_second)));
   write_out(fmt::format("recurrent {}\n", times(result.recurrent)));
-  write_out(fmt::format("ratio     {:.2f} times faster in chunks\n",
-                        result.chunk.median / result.recurrent.median));
+  write_out(fmt::format("steps     {}\n", times(result.steps)));
+  write_out(fmt::format(
+      "ratio     chunks are {:.2f} times as fast as the recurrence, {:.2f} times as fast as steps\n",
+      result.chunk.median / result.recurrent.median, result.chunk.median / result.steps.median));
   return 0;
 }
 

@@ -109,7 +109,7 @@ void add_sampling_options(CLI::App& app, SamplingOptions& sampling) {
   add("--top-k", sampling.top_k, "only the K most likely tokens; 0: all", "K")
       ->check(in_range(0, std::numeric_limits<int>::max(), "a whole number from 0"));
   add("--top-p", sampling.top_p, "only the likeliest tokens that hold this share of probability; 1: all", "P")
-      ->check(in_range(0, 1, "a number from 0 to 1"));
+      ->check(in_range(1e-9, 1, "a number above 0, up to 1"));
   add("--min-p", sampling.min_p, "only tokens at least P times as likely as the best; 0: all", "P")
       ->check(in_range(0, 1, "a number from 0 to 1"));
   add("--repetition-penalty", sampling.repetition_penalty, "above 1: tokens seen are less likely; 1: off",

@@ -23,7 +23,9 @@ Totals add_up(const LoadedModel& model) {
   for (const NamedWeight& w : model.table()) {
     const int64_t n = w.view.elements();
     const auto bytes = static_cast<int64_t>(w.view.bytes());
-    t.parameters += n;
+    // The correction bias is stored but not trained by gradients (a buffer in torch): not counted as a parameter there.
+    const bool buffer = w.parameter.name.ends_with("e_score_correction_bias");
+    if (!buffer) t.parameters += n;
     t.bytes += bytes;
     t.by_type[std::string(dtype_name(w.view.dtype))] += n;
     double used = 1.0;
@@ -31,7 +33,7 @@ Totals add_up(const LoadedModel& model) {
       used = static_cast<double>(c.moe.top_k) / static_cast<double>(c.moe.experts);
     if (w.parameter.role == Role::kEmbedding)
       used = c.tied_head ? 1.0 : 0.0;  // one row; whole as a tied head
-    t.active_parameters += used * static_cast<double>(n);
+    if (!buffer) t.active_parameters += used * static_cast<double>(n);
     t.active_bytes += used * static_cast<double>(bytes);
   }
   return t;

@@ -171,7 +171,7 @@ TEST(Tiktoken, ranks_are_merges_and_ids) {
 
 TEST(Tiktoken, the_config_names_special_tokens) {
   const char* config = R"({"added_tokens_decoder": {"259": {"content": "[BOS]", "special": true},
-                           "261": {"content": "<tool>", "special": false}}, "bos_token": {"content": "[BOS]"}})";
+                           "261": {"content": "<tool>"}}, "bos_token": {"content": "[BOS]"}})";
   const Tokenizer tokenizer = Tokenizer::from_tiktoken(small_ranks(), config);
   EXPECT_EQ(tokenizer.bos_id(), 259);
   EXPECT_EQ(tokenizer.encode("[BOS]a<tool>"), (Ids{259, 'a', 261}));

@@ -62,7 +62,9 @@ TEST_P(Parity, prefill_equals_token_by_token_decode) {
 }
 
 TEST_P(Parity, any_split_of_the_prompt_gives_the_same_result) {
-  const auto ids = random_tokens(300, vocab(), 2);
+  // Text of the reference with a known routing margin (3.8e-5): random tokens may meet a tie between two
+  // experts, where sums in another order rightly choose the other one.
+  const auto ids = Golden("docs_prompt_300").ids("input_ids");
   const int32_t whole = engine_->cache().acquire();
   const auto expected = run(*engine_, whole, 0, ids, false);
   const auto expected_state = state_of(*engine_, whole, 300);

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <memory>
 #include <new>
-#include <numeric>
 #include <vector>
 
 #include "base/error.h"
@@ -16,7 +15,7 @@ namespace {
 
 using Kernel = void (*)(const KdaParams&, const KdaTask&, float*);
 
-// One thread's scratch, grown to the largest shape it has seen (below 600 KB) and kept.
+// One thread's scratch, grown to the largest shape it has seen (at most 1.2 MB) and kept.
 class Scratch {
  public:
   float* floats(int64_t count) {
@@ -107,6 +106,26 @@ void check_pointer(const char* name, const void* pointer) {
   check(pointer != nullptr, "KDA: {} is null", name);
 }
 
+void validate_tensors(const KdaParams& p) {
+  const int64_t key_row = static_cast<int64_t>(p.heads) * p.key_dim;
+  const int64_t value_row = static_cast<int64_t>(p.value_heads) * p.value_dim;
+  const int64_t gate_row = p.scalar_gate ? p.value_heads : static_cast<int64_t>(p.value_heads) * p.key_dim;
+  check_pointer("q", p.q);
+  check_pointer("k", p.k);
+  check_pointer("v", p.v);
+  check_pointer("gate", p.gate);
+  check_pointer("beta", p.beta);
+  check_pointer("state", p.state);
+  check_pointer("out", p.out);
+  check_stride("q_stride", p.q_stride, key_row);
+  check_stride("k_stride", p.k_stride, key_row);
+  check_stride("v_stride", p.v_stride, value_row);
+  check_stride("gate_stride", p.gate_stride, gate_row);
+  check_stride("beta_stride", p.beta_stride, p.value_heads);
+  check_stride("out_stride", p.out_stride, value_row);
+  check_stride("slot_stride", p.slot_stride, value_row * p.key_dim);
+}
+
 }  // namespace
 
 void validate(const KdaParams& p) {
@@ -127,24 +146,15 @@ void validate(const KdaParams& p) {
           p.cu_seqlens[n]);
     check(p.slots[n] >= 0, "KDA: slots[{}] is {}, expected 0 or more", n, p.slots[n]);
   }
-  if (p.cu_seqlens[p.sequences] == p.cu_seqlens[0]) return;
-  const int64_t key_row = static_cast<int64_t>(p.heads) * p.key_dim;
-  const int64_t value_row = static_cast<int64_t>(p.value_heads) * p.value_dim;
-  const int64_t gate_row = p.scalar_gate ? p.value_heads : static_cast<int64_t>(p.value_heads) * p.key_dim;
-  check_pointer("q", p.q);
-  check_pointer("k", p.k);
-  check_pointer("v", p.v);
-  check_pointer("gate", p.gate);
-  check_pointer("beta", p.beta);
-  check_pointer("state", p.state);
-  check_pointer("out", p.out);
-  check_stride("q_stride", p.q_stride, key_row);
-  check_stride("k_stride", p.k_stride, key_row);
-  check_stride("v_stride", p.v_stride, value_row);
-  check_stride("gate_stride", p.gate_stride, gate_row);
-  check_stride("beta_stride", p.beta_stride, p.value_heads);
-  check_stride("out_stride", p.out_stride, value_row);
-  check_stride("slot_stride", p.slot_stride, value_row * p.key_dim);
+  std::vector<int32_t> used;
+  for (int n = 0; n < p.sequences; ++n) {
+    if (length_of(p, n) > 0) used.push_back(p.slots[n]);
+  }
+  if (used.empty()) return;
+  std::sort(used.begin(), used.end());
+  const auto twice = std::adjacent_find(used.begin(), used.end());
+  check(twice == used.end(), "KDA: slot {} belongs to two sequences", twice == used.end() ? 0 : *twice);
+  validate_tensors(p);
 }
 
 void kda_recurrent(const KdaParams& params, ThreadPool& pool) { run(params, pool, INT32_MAX); }

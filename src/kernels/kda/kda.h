@@ -70,7 +70,8 @@ void kda_chunk(const KdaParams& params, ThreadPool& pool);
 void kda_forward(const KdaParams& params, ThreadPool& pool);
 // All three check their arguments, leave slots of empty sequences and slots that are not named untouched,
 // give the same bits for any number of threads, and compute every sequence as if it were alone. Scratch
-// memory is one buffer per thread of at most (K + 64)(V + 32) + 64 K floats, kept for the next call.
+// memory is one buffer per thread of about 4 K V + 56 K floats (1.2 MB at most), whatever the lengths, kept
+// for the next call.
 
 // Tokens that kda_chunk handles together.
 inline constexpr int kKdaChunk = 16;

@@ -60,46 +60,38 @@ Chunk make_chunk(float* scratch, int padded, int panels) {
   return c;
 }
 
-// Row i of L and P: decays the keys before it on the way. Four earlier rows at a time share the loads of row
-// i.
-KILIN_INLINE void intra_row(const Chunk& c, int i) {
+// Rows j to j + R - 1 of the keys against row i: decays them by e^g_i, then L_ij and P_ij. The entries up to
+// j + 3 that are no earlier rows become zero.
+template <int R>
+KILIN_INLINE void intra_block(const Chunk& c, int i, int j) {
   const float* key = c.keys + i * c.padded;
-  for (int j = 0; j < i; j += 4) {  // may touch rows up to i + 2: the mask below drops them, `decay` must not
-    Vec l[4] = {};
-    Vec p[4] = {};
-    const int rows = i - j < 4 ? i - j : 4;
-    float* earlier = c.keys + j * c.padded;
-    if (rows == 4) {
-      for (int d = 0; d < c.padded; d += kLanes) {
-        const Vec decay = load(c.decay + d);
-        const Vec k = load(key + d);
-        const Vec q = load(c.query + d);
-        for (int r = 0; r < 4; ++r) {
-          const Vec decayed = load(earlier + r * c.padded + d) * decay;
-          store(earlier + r * c.padded + d, decayed);
-          l[r] += decayed * k;
-          p[r] += decayed * q;
-        }
-      }
-    } else {
-      for (int r = 0; r < rows; ++r) {
-        Vec lr = zero();
-        Vec pr = zero();
-        for (int d = 0; d < c.padded; d += kLanes) {
-          const Vec decayed = load(earlier + r * c.padded + d) * load(c.decay + d);
-          store(earlier + r * c.padded + d, decayed);
-          lr += decayed * load(key + d);
-          pr += decayed * load(c.query + d);
-        }
-        l[r] = lr;
-        p[r] = pr;
-      }
+  float* earlier = c.keys + j * c.padded;
+  Vec l[4] = {};
+  Vec p[4] = {};
+  for (int d = 0; d < c.padded; d += kLanes) {
+    const Vec decay = load(c.decay + d);
+    const Vec k = load(key + d);
+    const Vec q = load(c.query + d);
+    for (int r = 0; r < R; ++r) {
+      const Vec decayed = load(earlier + r * c.padded + d) * decay;
+      store(earlier + r * c.padded + d, decayed);
+      l[r] += decayed * k;
+      p[r] += decayed * q;
     }
-    const Vec4 l4 = reduce4(l[0], l[1], l[2], l[3]) * -c.beta[i];
-    const Vec4 p4 = reduce4(p[0], p[1], p[2], p[3]);
-    std::memcpy(c.lower + i * kC + j, &l4, sizeof l4);
-    std::memcpy(c.p + i * kC + j, &p4, sizeof p4);
   }
+  const Vec4 l4 = reduce4(l[0], l[1], l[2], l[3]) * -c.beta[i];
+  const Vec4 p4 = reduce4(p[0], p[1], p[2], p[3]);
+  std::memcpy(c.lower + i * kC + j, &l4, sizeof l4);
+  std::memcpy(c.p + i * kC + j, &p4, sizeof p4);
+}
+
+// Row i of L and of P below the diagonal. Four earlier rows at a time share the loads of row i.
+KILIN_INLINE void intra_row(const Chunk& c, int i) {
+  int j = 0;
+  for (; j + 4 <= i; j += 4) intra_block<4>(c, i, j);
+  if (i - j == 1) intra_block<1>(c, i, j);
+  if (i - j == 2) intra_block<2>(c, i, j);
+  if (i - j == 3) intra_block<3>(c, i, j);
 }
 
 // Reads row i of the chunk and makes everything of it that does not depend on the state.

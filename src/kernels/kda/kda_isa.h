@@ -29,11 +29,10 @@ KILIN_DECLARE_ISA(
 
 namespace kilin {
 
-// For every instruction set (the widest panel is 32 values): see the two layouts in kda_chunk_isa.cc and
-// kda_step_isa.cc.
+// Enough for every instruction set (the widest panel is 32 values): struct Chunk in kda_chunk_isa.cc.
 inline constexpr int kKdaMaxPanel = 32;
-constexpr int64_t kda_round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-constexpr int64_t kda_scratch_floats(int key_dim, int value_dim, int head_count) {
+static inline constexpr int64_t kda_round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+static inline constexpr int64_t kda_scratch_floats(int key_dim, int value_dim, int head_count) {
   const int64_t keys = kda_round_up(key_dim, 16);
   const int64_t values = kda_round_up(value_dim, kKdaMaxPanel);
   return head_count * keys * values + (3 * kKdaChunk + 8) * keys +

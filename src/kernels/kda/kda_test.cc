@@ -263,6 +263,10 @@ TEST(Kda, WrongArgumentsAreNamed) {
   const int32_t falling[] = {4, 0};
   EXPECT_EQ(message([&](KdaParams& p) { p.cu_seqlens = falling; }),
             "KDA: cu_seqlens[1] is 0, expected at least 4");
+  const int32_t two[] = {0, 2, 4};
+  const int32_t same[] = {1, 1};
+  EXPECT_EQ(message([&](KdaParams& p) { p.sequences = 2, p.cu_seqlens = two, p.slots = same; }),
+            "KDA: slot 1 belongs to two sequences");
   const int32_t negative[] = {-1};
   EXPECT_EQ(message([&](KdaParams& p) { p.slots = negative; }), "KDA: slots[0] is -1, expected 0 or more");
 }

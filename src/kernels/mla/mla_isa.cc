@@ -35,11 +35,11 @@ KILIN_INLINE void scale_row(int64_t n, float factor, float* x) {
 // up to `width` becomes 0; `top` and `sum` move on. Returns the factor for what was summed before.
 KILIN_INLINE float softmax_step(int64_t n, int64_t width, float scale, float* scores, float& top,
                                 float& sum) {
-  for (int64_t i = n; i < width; ++i) scores[i] = kMinusInfinity;
-  if (n <= 0) {
+  if (n <= 0) {  // the query lies before all of these keys
     for (int64_t i = 0; i < width; ++i) scores[i] = 0;
     return 1.0f;
   }
+  for (int64_t i = n; i < width; ++i) scores[i] = kMinusInfinity;
   Vec best = splat(kMinusInfinity);
   int64_t i = 0;
   for (; i + kLanes <= width; i += kLanes) best = max(best, load(scores + i));

@@ -23,7 +23,7 @@ float probe_sum(const float* data, int64_t count) {
   }
   Vec all = zero();
 #pragma GCC unroll 8
-  for (int i = 0; i < kStreams; ++i) all += sums[i];
+  for (const Vec& sum : sums) all += sum;
   float total = reduce_add(all);
   for (; at < count; ++at) total += data[at];
   return total;
@@ -37,13 +37,13 @@ float probe_multiply_add(int64_t rounds) {
   Vec term = splat(0.001f);
   for (int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 12
-    for (int i = 0; i < kChains; ++i) chains[i] = chains[i] * factor + term;
+    for (Vec& chain : chains) chain = chain * factor + term;
     // Keeps the compiler from reasoning about many rounds at once.
     asm volatile("" : "+m"(term));
   }
   Vec total = zero();
 #pragma GCC unroll 12
-  for (int i = 0; i < kChains; ++i) total += chains[i];
+  for (const Vec& chain : chains) total += chain;
   return reduce_add(total);
 }
 

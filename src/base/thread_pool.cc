@@ -2,6 +2,7 @@
 #include "base/thread_pool.h"
 
 #include <chrono>
+#include <utility>
 
 #include "base/error.h"
 
@@ -49,25 +50,22 @@ ThreadPool::ThreadPool(int threads) {
 }
 
 ThreadPool::~ThreadPool() {
-  {
-    std::lock_guard lock(mutex_);
-    stop_ = true;
-    generation_.fetch_add(1);
-  }
+  stop_ = true;
+  { std::lock_guard lock(mutex_); }  // a worker that saw stop_ unset is asleep by now, and hears the call
   wake_.notify_all();
   for (auto& thread : workers_) thread.join();
 }
 
 void ThreadPool::run_indices(int worker) {
   for (;;) {
-    const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
+    const int64_t index = next_.fetch_add(1);
     if (index >= count_) return;
     try {
       call_(task_, index, worker);
     } catch (...) {
       std::lock_guard lock(mutex_);
       if (!error_) error_ = std::current_exception();
-      next_.store(count_, std::memory_order_relaxed);
+      next_.store(count_);
     }
   }
 }
@@ -75,17 +73,25 @@ void ThreadPool::run_indices(int worker) {
 void ThreadPool::worker_loop(int worker) {
   current_pool = this;
   current_worker = worker;
-  uint64_t seen = 0;
+  uint64_t last = 0;  // epoch that this worker has been in
+  const auto news = [&] {
+    const uint64_t phase = phase_.load();
+    return stop_.load() || (open(phase) && phase / kEpoch != last);
+  };
   for (;;) {
-    const auto is_new = [&] { return generation_.load(std::memory_order_acquire) != seen; };
-    if (!spin_until(is_new)) {
+    if (!spin_until(news)) {
       std::unique_lock lock(mutex_);
-      wake_.wait(lock, is_new);
+      ++sleepers_;
+      wake_.wait(lock, news);
+      --sleepers_;
     }
-    seen = generation_.load(std::memory_order_acquire);
     if (stop_) return;
+    uint64_t phase = phase_.load();
+    if (!open(phase) || !phase_.compare_exchange_strong(phase, phase + 1))
+      continue;  // closed or moved on: look again
+    last = phase / kEpoch;
     run_indices(worker);
-    running_.fetch_sub(1, std::memory_order_acq_rel);
+    phase_.fetch_sub(1);
   }
 }
 
@@ -101,21 +107,20 @@ void ThreadPool::run(int64_t count, Call call, const void* task) {
   call_ = call;
   task_ = task;
   error_ = nullptr;
-  next_.store(0, std::memory_order_relaxed);
-  running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-  {
-    std::lock_guard lock(mutex_);
-    generation_.fetch_add(1, std::memory_order_release);
+  next_ = 0;
+  phase_.fetch_add(kEpoch);  // opens
+  if (sleepers_.load() > 0) {
+    { std::lock_guard lock(mutex_); }
+    wake_.notify_all();
   }
-  wake_.notify_all();
-  current_pool = this;
-  current_worker = 0;
+  const ThreadPool* outer = std::exchange(current_pool, this);
+  const int outer_worker = std::exchange(current_worker, 0);
   run_indices(0);
-  current_pool = nullptr;
-  while (running_.load(std::memory_order_acquire) != 0) {
-    spin_until([&] { return running_.load(std::memory_order_acquire) == 0; });
-    if (running_.load(std::memory_order_acquire) != 0) std::this_thread::yield();
-  }
+  current_pool = outer;
+  current_worker = outer_worker;
+  phase_.fetch_add(kEpoch);  // closes
+  const auto left = [&] { return phase_.load() % kEpoch == 0; };
+  while (!spin_until(left)) std::this_thread::yield();
   if (error_) std::rethrow_exception(error_);
 }
 

@@ -43,13 +43,19 @@ class ThreadPool {
   void worker_loop(int worker);
   void run_indices(int worker);
 
+  // phase_ = epoch * 65536 + workers inside. An odd epoch is open: workers may join; closing it makes it
+  // even. The caller waits only for workers that joined, so one that is asleep, or that the system has
+  // descheduled, costs nothing.
+  static constexpr uint64_t kEpoch = 65536;
+  static bool open(uint64_t phase) { return phase / kEpoch % 2 == 1; }
+
   std::vector<std::thread> workers_;
   std::mutex caller_mutex_;  // one parallel_for at a time
-  std::mutex mutex_;
+  std::mutex mutex_;         // of wake_ and error_
   std::condition_variable wake_;
-  std::atomic<uint64_t> generation_{0};
+  std::atomic<uint64_t> phase_{0};
+  std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
-  std::atomic<int> running_{0};
   std::atomic<int64_t> next_{0};
   int64_t count_ = 0;
   Call call_ = nullptr;

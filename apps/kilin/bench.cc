@@ -19,7 +19,7 @@ namespace kilin::cli {
 namespace {
 
 constexpr const char* kFooter =
-    R"(Every benchmark first measures what this machine can do (reading 1 GiB of memory,
+    R"(Every benchmark also measures what this machine can do (reading 1 GiB of memory,
 multiply-adds in registers, with the same threads) and prints its share of it.
 Rates are medians over the repeats, with the slowest and the fastest.
 

@@ -108,7 +108,8 @@ class Chat {
 
   GenerateOptions with_callbacks(GenerateOptions options) {
     options.on_prefill = [this](int64_t) { return !interrupt_->interrupted(); };
-    options.on_text = [this](std::string_view text) { return write_out(text) && !interrupt_->interrupted(); };
+    options.on_text = [](std::string_view text) { return write_out(text); };
+    options.on_token = [this](int32_t) { return !interrupt_->interrupted(); };
     return options;
   }
 

@@ -154,8 +154,9 @@ GenerateResult generate(const Model& model, const std::vector<int32_t>& prompt, 
   };
   generate.on_text = [&](std::string_view text) {
     progress.finish();
-    return (options.json || write_out(text)) && !interrupt.interrupted();
+    return options.json || write_out(text);
   };
+  generate.on_token = [&](int32_t) { return !interrupt.interrupted(); };
   Sequence sequence = model.new_sequence();
   return model.generate(sequence, prompt, generate);
 }

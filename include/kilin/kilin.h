@@ -133,6 +133,8 @@ struct GenerateOptions {
   SamplingOptions sampling;
   std::vector<std::string> stop;   // generation ends before any of these texts
   bool ignore_end_tokens = false;  // go on after end-of-text tokens (benchmarks, golden tests)
+  // Hears each token as soon as it is chosen, whether it makes text or not; return false to end.
+  std::function<bool(int32_t id)> on_token;
   // Hears each piece of finished text (whole characters, nothing of a stop text); return false to end.
   std::function<bool(std::string_view text)> on_text;
   // Hears the number of prompt tokens done; return false to end.

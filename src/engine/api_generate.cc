@@ -28,7 +28,8 @@ class TextStream {
   TextStream(const text::Tokenizer* tokenizer, const GenerateOptions& options)
       : scanner_(options.stop), on_text_(options.on_text) {
     if (tokenizer != nullptr) decoder_.emplace(*tokenizer, true);
-    check(tokenizer != nullptr || options.stop.empty(), "stop: texts need a tokenizer, and the model has none");
+    check(tokenizer != nullptr || options.stop.empty(),
+          "stop: texts need a tokenizer, and the model has none");
   }
   void push(int32_t token) {
     if (decoder_) emit(scanner_.push(decoder_->push(token)));
@@ -57,13 +58,15 @@ class TextStream {
 
 }  // namespace
 
-GenerateResult Model::generate(Sequence& sequence, std::span<const int32_t> prompt, const GenerateOptions& options) const {
+GenerateResult Model::generate(Sequence& sequence, std::span<const int32_t> prompt,
+                               const GenerateOptions& options) const {
   check(options.max_tokens >= 0, "max tokens: found {}, expected 0 or more", options.max_tokens);
   check(sequence.impl_->model == impl_, "generate: the sequence belongs to another model");
   check(!prompt.empty() || sequence.length() > 0, "prompt: found no tokens, expected at least one");
   const int64_t limit = impl_->info.max_length;
   const int64_t total = sequence.length() + static_cast<int64_t>(prompt.size());
-  check(total <= limit, "prompt: found {} tokens, expected at most {} (model_max_length in config.json)", total, limit);
+  check(total <= limit, "prompt: found {} tokens, expected at most {} (model_max_length in config.json)",
+        total, limit);
   GenerateResult result;
   result.prompt_tokens = static_cast<int64_t>(prompt.size());
   result.finish_reason = "length";
@@ -84,13 +87,13 @@ GenerateResult Model::generate(Sequence& sequence, std::span<const int32_t> prom
     result.ids.push_back(id);
     const bool end = std::find(impl_->end_ids.begin(), impl_->end_ids.end(), id) != impl_->end_ids.end();
     if (!end || options.ignore_end_tokens) stream.push(id);
-    cancelled = stream.cancelled();
+    cancelled = stream.cancelled() || (options.on_token && !options.on_token(id));
     if ((end && !options.ignore_end_tokens) || stream.stopped()) {
       result.finish_reason = "stop";
       break;
     }
-    // The last token needs no logits behind it, unless the caller goes on with the sequence: it is left out here, and
-    // the sequence holds all tokens but the last one generated.
+    // The last token needs no logits behind it, unless the caller goes on with the sequence: it is left out
+    // here, and the sequence holds all tokens but the last one generated.
     if (static_cast<int64_t>(result.ids.size()) == options.max_tokens || cancelled) break;
     if (sequence.length() >= limit) break;
     sequence.decode(id);

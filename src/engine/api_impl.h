@@ -27,8 +27,6 @@ struct Model::Impl {
   Engine engine;
 
   const text::Tokenizer& need_tokenizer() const;
-  // Moves one sequence on by `tokens`; logits of the last token only, or of all of them.
-  std::span<const float> forward(int32_t slot, int64_t past, std::span<const int32_t> tokens, bool all_logits);
   void check_tokens(std::span<const int32_t> tokens, int64_t past) const;
 };
 
@@ -37,6 +35,11 @@ struct Sequence::Impl {
   ~Impl();
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
+
+  // Computes under the model's lock; if that fails, every sequence of `moved` is cleared.
+  static std::span<const float> forward(const Batch& batch, std::span<Impl* const> moved);
+  std::span<const float> forward(std::span<const int32_t> tokens, bool all_logits);
+  void clear();
 
   std::shared_ptr<Model::Impl> model;
   int32_t slot = 0;

@@ -13,11 +13,12 @@ namespace {
 namespace fs = std::filesystem;
 
 void add_end_id(std::vector<int32_t>& ids, int64_t id, int64_t vocab) {
-  if (id < vocab && std::find(ids.begin(), ids.end(), id) == ids.end()) ids.push_back(static_cast<int32_t>(id));
+  if (id < vocab && std::find(ids.begin(), ids.end(), id) == ids.end())
+    ids.push_back(static_cast<int32_t>(id));
 }
 
-// Tokens that end a text: those of config.json and generation_config.json, the tokenizer's end of document, and the
-// chat format's end of turn (Moonshot's files name one in one place and another in the other).
+// Tokens that end a text: those of config.json and generation_config.json, the tokenizer's end of document,
+// and the chat format's end of turn (Moonshot's files name one in one place and another in the other).
 std::vector<int32_t> find_end_ids(const Config& config, const fs::path& directory,
                                   const std::optional<text::Tokenizer>& tokenizer) {
   std::vector<int32_t> ids;
@@ -27,8 +28,9 @@ std::vector<int32_t> find_end_ids(const Config& config, const fs::path& director
     const auto json = io::JsonReader::open(generation.string());
     if (json.has("eos_token_id")) {
       const bool list = json.value("eos_token_id").is_array();
-      const std::vector<int64_t> found = list ? json.integers("eos_token_id", 0, config.vocab_size - 1)
-                                              : std::vector{json.integer("eos_token_id", 0, config.vocab_size - 1)};
+      const std::vector<int64_t> found =
+          list ? json.integers("eos_token_id", 0, config.vocab_size - 1)
+               : std::vector{json.integer("eos_token_id", 0, config.vocab_size - 1)};
       for (int64_t id : found) add_end_id(ids, id, config.vocab_size);
     }
   }
@@ -67,25 +69,19 @@ void Model::Impl::check_tokens(std::span<const int32_t> tokens, int64_t past) co
         past + static_cast<int64_t>(tokens.size()), c.max_length);
 }
 
-std::span<const float> Model::Impl::forward(int32_t slot, int64_t past, std::span<const int32_t> tokens,
-                                            bool all_logits) {
-  const auto count = static_cast<int32_t>(tokens.size());
-  const std::array<int32_t, 2> cu_seqlens{0, count};
-  std::vector<int32_t> wanted;
-  for (int32_t i = all_logits ? 0 : count - 1; i < count; ++i) wanted.push_back(i);
-  return engine.forward({tokens, cu_seqlens, std::span(&slot, 1), std::span(&past, 1), wanted});
-}
-
 Model::Model(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 Model Model::load(const std::string& path, const ModelOptions& options) {
   const fs::path directory(path);
   check(fs::exists(directory), "{}: no such file or directory", path);
   check(fs::is_directory(directory),
-        "{}: is a file, expected a Hugging Face model directory (config.json, *.safetensors, tokenizer)", path);
-  check(fs::exists(directory / "config.json"), "{}: has no config.json, expected a Hugging Face model directory", path);
+        "{}: is a file, expected a Hugging Face model directory (config.json, *.safetensors, tokenizer)",
+        path);
+  check(fs::exists(directory / "config.json"),
+        "{}: has no config.json, expected a Hugging Face model directory", path);
   Config config = read_config_file((directory / "config.json").string(), options.compatibility);
-  auto impl = std::make_shared<Impl>(LoadedModel::load(std::move(config), io::Checkpoint::open(path)), options);
+  auto impl =
+      std::make_shared<Impl>(LoadedModel::load(std::move(config), io::Checkpoint::open(path)), options);
   if (options.require_tokenizer) {
     impl->tokenizer = text::Tokenizer::load(directory);
     impl->chat_template = text::ChatTemplate::load(directory);
@@ -108,15 +104,17 @@ bool Model::has_tokenizer() const { return impl_->tokenizer.has_value(); }
 bool Model::has_chat_template() const { return impl_->chat_template.has_value(); }
 const std::vector<int32_t>& Model::end_ids() const { return impl_->end_ids; }
 
-std::vector<int32_t> Model::encode(std::string_view text) const { return impl_->need_tokenizer().encode(text); }
+std::vector<int32_t> Model::encode(std::string_view text) const {
+  return impl_->need_tokenizer().encode(text);
+}
 
 std::string Model::decode_text(std::span<const int32_t> ids, bool skip_special) const {
   return impl_->need_tokenizer().decode(ids, skip_special);
 }
 
 std::string Model::chat_prompt(std::span<const ChatMessage> messages) const {
-  check(impl_->chat_template.has_value(), "{}: has no chat template (chat_template.jinja or tokenizer_config.json)",
-        impl_->info.path);
+  check(impl_->chat_template.has_value(),
+        "{}: has no chat template (chat_template.jinja or tokenizer_config.json)", impl_->info.path);
   std::vector<text::ChatMessage> list;
   for (const ChatMessage& m : messages) list.push_back({m.role, m.content});
   return impl_->chat_template->render(list, true);
@@ -135,21 +133,26 @@ int32_t Model::eos_id() const {
 }
 
 void Model::decode(std::span<Sequence* const> sequences, std::span<const int32_t> tokens) const {
-  check(sequences.size() == tokens.size(), "decode: found {} tokens for {} sequences", tokens.size(), sequences.size());
+  check(sequences.size() == tokens.size(), "decode: found {} tokens for {} sequences", tokens.size(),
+        sequences.size());
   std::vector<int32_t> cu_seqlens{0}, slots, wanted;
   std::vector<int64_t> past;
+  std::vector<Sequence::Impl*> moved;
   std::lock_guard lock(impl_->mutex);
   for (size_t i = 0; i < sequences.size(); ++i) {
-    const Sequence::Impl& s = *sequences[i]->impl_;
+    Sequence::Impl& s = *sequences[i]->impl_;
     check(s.model == impl_, "decode: sequence {} belongs to another model", i + 1);
-    check(std::find(slots.begin(), slots.end(), s.slot) == slots.end(), "decode: sequence {} is named twice", i + 1);
+    check(std::find(slots.begin(), slots.end(), s.slot) == slots.end(), "decode: sequence {} is named twice",
+          i + 1);
     impl_->check_tokens(tokens.subspan(i, 1), s.length);
     cu_seqlens.push_back(static_cast<int32_t>(i + 1));
     slots.push_back(s.slot);
     past.push_back(s.length);
     wanted.push_back(static_cast<int32_t>(i));
+    moved.push_back(&s);
   }
-  const auto logits = impl_->engine.forward({tokens, cu_seqlens, slots, past, wanted});
+  if (moved.empty()) return;
+  const auto logits = Sequence::Impl::forward({tokens, cu_seqlens, slots, past, wanted}, moved);
   const auto vocab = static_cast<size_t>(impl_->info.vocab_size);
   for (size_t i = 0; i < sequences.size(); ++i) {
     Sequence::Impl& s = *sequences[i]->impl_;

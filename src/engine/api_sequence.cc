@@ -18,6 +18,31 @@ Sequence::Impl::~Impl() {
   model->engine.cache().release(slot);
 }
 
+void Sequence::Impl::clear() {
+  model->engine.cache().clear(slot);
+  length = 0;
+  logits.clear();
+}
+
+std::span<const float> Sequence::Impl::forward(const Batch& batch, std::span<Impl* const> moved) {
+  try {
+    return moved.front()->model->engine.forward(batch);
+  } catch (...) {
+    for (Impl* s : moved) s->clear();
+    throw;
+  }
+}
+
+std::span<const float> Sequence::Impl::forward(std::span<const int32_t> tokens, bool all_logits) {
+  const auto count = static_cast<int32_t>(tokens.size());
+  const std::array<int32_t, 2> cu_seqlens{0, count};
+  std::vector<int32_t> wanted;
+  for (int32_t i = all_logits ? 0 : count - 1; i < count; ++i) wanted.push_back(i);
+  Impl* self = this;
+  return forward({tokens, cu_seqlens, std::span(&slot, 1), std::span(&length, 1), wanted},
+                 std::span(&self, 1));
+}
+
 Sequence::Sequence(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Sequence::Sequence(Sequence&&) noexcept = default;
 Sequence& Sequence::operator=(Sequence&&) noexcept = default;
@@ -34,7 +59,7 @@ int64_t Sequence::prefill(std::span<const int32_t> tokens, const std::function<b
     const auto part = tokens.subspan(done, std::min(chunk, tokens.size() - done));
     {
       std::lock_guard lock(s.model->mutex);
-      const auto logits = s.model->forward(s.slot, s.length, part, false);
+      const auto logits = s.forward(part, false);
       s.logits.assign(logits.begin(), logits.end());
       s.length += static_cast<int64_t>(part.size());
     }
@@ -58,7 +83,7 @@ std::vector<float> Sequence::prefill_all_logits(std::span<const int32_t> tokens)
   std::lock_guard lock(s.model->mutex);
   for (size_t done = 0; done < tokens.size(); done += chunk) {
     const auto part = tokens.subspan(done, std::min(chunk, tokens.size() - done));
-    const auto logits = s.model->forward(s.slot, s.length, part, true);
+    const auto logits = s.forward(part, true);
     all.insert(all.end(), logits.begin(), logits.end());
     s.length += static_cast<int64_t>(part.size());
   }
@@ -84,9 +109,7 @@ Sequence Sequence::copy() const {
 
 void Sequence::clear() {
   std::lock_guard lock(impl_->model->mutex);
-  impl_->model->engine.cache().clear(impl_->slot);
-  impl_->length = 0;
-  impl_->logits.clear();
+  impl_->clear();
 }
 
 namespace {
@@ -103,11 +126,12 @@ struct CheckpointHeader {
 uint64_t shape_fingerprint(const Config& c) {
   uint64_t hash = 14695981039346656037ull;
   const auto mix = [&](int64_t value) {
-    for (int i = 0; i < 8; ++i) hash = (hash ^ (static_cast<uint64_t>(value) >> (8 * i) & 0xff)) * 1099511628211ull;
+    for (int i = 0; i < 8; ++i)
+      hash = (hash ^ (static_cast<uint64_t>(value) >> (8 * i) & 0xff)) * 1099511628211ull;
   };
   for (LayerKind kind : c.layers) mix(static_cast<int64_t>(kind));
-  for (int64_t v : {c.hidden, c.vocab_size, c.linear.heads, c.linear.value_heads, c.linear.key_dim, c.linear.value_dim,
-                    c.linear.conv_taps, c.mla.latent, c.mla.rope}) {
+  for (int64_t v : {c.hidden, c.vocab_size, c.linear.heads, c.linear.value_heads, c.linear.key_dim,
+                    c.linear.value_dim, c.linear.conv_taps, c.mla.latent, c.mla.rope}) {
     mix(v);
   }
   return hash;
@@ -135,20 +159,21 @@ void Sequence::restore(std::span<const std::byte> bytes) {
   Impl& s = *impl_;
   std::lock_guard lock(s.model->mutex);
   CheckpointHeader header;
-  check(bytes.size() >= sizeof header, "sequence checkpoint: found {} bytes, expected at least {}", bytes.size(),
-        sizeof header);
+  check(bytes.size() >= sizeof header, "sequence checkpoint: found {} bytes, expected at least {}",
+        bytes.size(), sizeof header);
   std::memcpy(&header, bytes.data(), sizeof header);
   const Config& config = s.model->engine.config();
   check(header.magic == CheckpointHeader{}.magic, "sequence checkpoint: does not begin with KILINSQ1");
   check(header.shape == shape_fingerprint(config), "sequence checkpoint: made with a model of another shape");
-  check(header.length >= 0 && header.length <= config.max_length, "sequence checkpoint: found length {}, expected 0 to {}",
-        header.length, config.max_length);
-  check(header.logits == (header.length > 0 ? config.vocab_size : 0), "sequence checkpoint: found {} logits, expected {}",
-        header.logits, header.length > 0 ? config.vocab_size : 0);
+  check(header.length >= 0 && header.length <= config.max_length,
+        "sequence checkpoint: found length {}, expected 0 to {}", header.length, config.max_length);
+  check(header.logits == (header.length > 0 ? config.vocab_size : 0),
+        "sequence checkpoint: found {} logits, expected {}", header.logits,
+        header.length > 0 ? config.vocab_size : 0);
   const size_t cache_bytes = s.model->engine.cache().saved_bytes(header.length);
   const size_t expected = sizeof header + cache_bytes + static_cast<size_t>(header.logits) * sizeof(float);
-  check(bytes.size() == expected, "sequence checkpoint: found {} bytes, expected {} for {} tokens", bytes.size(), expected,
-        header.length);
+  check(bytes.size() == expected, "sequence checkpoint: found {} bytes, expected {} for {} tokens",
+        bytes.size(), expected, header.length);
   s.model->engine.cache().load(s.slot, header.length, bytes.subspan(sizeof header, cache_bytes));
   s.logits.resize(static_cast<size_t>(header.logits));
   if (header.logits > 0) {

@@ -23,7 +23,8 @@ Totals add_up(const LoadedModel& model) {
   for (const NamedWeight& w : model.table()) {
     const int64_t n = w.view.elements();
     const auto bytes = static_cast<int64_t>(w.view.bytes());
-    // The correction bias is stored but not trained by gradients (a buffer in torch): not counted as a parameter there.
+    // The correction bias is stored but not trained by gradients (a buffer in torch): not counted as a
+    // parameter there.
     const bool buffer = w.parameter.name.ends_with("e_score_correction_bias");
     if (!buffer) t.parameters += n;
     t.bytes += bytes;

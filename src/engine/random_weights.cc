@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <unistd.h>
+
 #include <cmath>
 
+#include "base/error.h"
 #include "base/random.h"
 #include "engine/weights.h"
 
@@ -22,6 +25,11 @@ float initial_vector_value(const std::string& name, Random& random) {
 }  // namespace
 
 LoadedModel LoadedModel::random(Config config, uint64_t seed) {
+  const double memory =
+      static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
+  check(2 * config.least_parameters() <= memory,
+        "random weights: the model takes at least {:.1f} GB, this machine has {:.1f}",
+        2e-9 * config.least_parameters(), 1e-9 * memory);
   LoadedModel model(std::move(config));
   Random random(seed);
   visit_parameters(model.weights_, model.config_, [&](const Parameter& p, Weight& w) {

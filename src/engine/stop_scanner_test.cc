@@ -30,7 +30,8 @@ TEST(StopScanner, finds_a_stop_text_over_any_cut) {
     for (size_t j = i; j <= text.size(); ++j) {
       StopScanner s({"STOP", "three"});
       std::string out;
-      for (const std::string& piece : {text.substr(0, i), text.substr(i, j - i), text.substr(j)}) out += s.push(piece);
+      for (const std::string& piece : {text.substr(0, i), text.substr(i, j - i), text.substr(j)})
+        out += s.push(piece);
       out += s.flush();
       EXPECT_EQ(out, "one two ");
       EXPECT_TRUE(s.stopped());

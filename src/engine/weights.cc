@@ -102,6 +102,12 @@ void LoadedModel::collect_experts() {
 }
 
 LoadedModel LoadedModel::load(Config config, io::Checkpoint checkpoint) {
+  // The table of weights is sized by the configuration, so that has to be plausible first. A checkpoint that
+  // merely lacks tensors gets the clearer message below.
+  const double least_bytes = 2 * config.least_parameters();
+  check(least_bytes <= 2 * static_cast<double>(checkpoint.total_bytes()) + 1e6,
+        "{}: holds {} bytes of tensors, but config.json describes a model of at least {:.0f}",
+        checkpoint.path(), checkpoint.total_bytes(), least_bytes);
   LoadedModel model(std::move(config));
   std::set<std::string> used;
   visit_parameters(model.weights_, model.config_, [&](const Parameter& p, Weight& w) {

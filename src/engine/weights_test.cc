@@ -154,6 +154,16 @@ TEST(Weights, not_finite_values_are_found_and_named) {
   EXPECT_EQ(t.load().first_not_finite(), "model.layers.2.block_sparse_moe.experts.3.w2.weight");
 }
 
+TEST(Weights, a_configuration_far_beyond_the_checkpoint_takes_no_memory) {
+  Config c = read_config_file(kTiny + "/config.json", "transformers");
+  c.moe.experts = 65536;
+  c.layers.assign(4096, LayerKind::kKda);
+  c.sparse.assign(4096, true);
+  EXPECT_THROW(LoadedModel::load(c, io::Checkpoint::open(kTiny)), Error);
+  c.moe.width = 1 << 20;
+  EXPECT_THROW(LoadedModel::random(c, 1), Error);
+}
+
 TEST(Weights, random_weights_repeat_with_the_seed) {
   const Config c = read_config_file(kTiny + "/config.json", "transformers");
   const auto bytes = [&](uint64_t seed) {

@@ -6,6 +6,7 @@
 #include <initializer_list>
 
 #include "base/error.h"
+#include "io/printable.h"
 
 namespace kilin {
 namespace {
@@ -241,6 +242,13 @@ void ignore_harmless(const io::JsonReader& json) {
 
 int64_t Config::count(LayerKind kind) const { return std::count(layers.begin(), layers.end(), kind); }
 
+double Config::least_parameters() const {
+  const auto h = static_cast<double>(hidden);
+  const auto sparse_layers = static_cast<double>(std::count(sparse.begin(), sparse.end(), true));
+  return h * static_cast<double>(vocab_size) + h * static_cast<double>(layer_count()) +
+         sparse_layers * static_cast<double>(moe.experts) * 3 * h * static_cast<double>(moe.width);
+}
+
 const Compatibility& compatibility(const std::string& name) {
   static const std::array<Compatibility, 3> kKnown{{
       {"transformers", false, true,
@@ -262,8 +270,9 @@ Config read_config(const io::JsonReader& json, const Compatibility& compat) {
   if (json.has("architectures")) {
     const auto names = json.strings("architectures");
     c.architecture = names.empty() ? "" : names.front();
-    if (c.architecture != "KimiLinearForCausalLM")
-      json.refuse("architectures", "[\"KimiLinearForCausalLM\"]");
+    check(c.architecture == "KimiLinearForCausalLM",
+          "{}: key 'architectures': found \"{}\", expected \"KimiLinearForCausalLM\"", json.file(),
+          io::printable(c.architecture));
   } else {
     if (json.string("model_type") != "kimi_linear") json.refuse("model_type", "\"kimi_linear\"");
     c.architecture = "KimiLinearForCausalLM";

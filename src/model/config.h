@@ -69,6 +69,9 @@ struct Config {
 
   int64_t layer_count() const { return static_cast<int64_t>(layers.size()); }
   int64_t count(LayerKind kind) const;
+  // Fewer than the model has: embedding, one norm a layer, routed experts. Tells a hostile configuration from
+  // a real one before memory is taken for it.
+  double least_parameters() const;
 };
 
 // Where implementations of the same checkpoint differ, and which side is taken: the only place that decides.

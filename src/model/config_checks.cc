@@ -26,6 +26,10 @@ void check_config(const Config& c, const std::string& file) {
         "{}: key 'num_attention_heads': {} heads of width {} are too wide", file, c.mla.heads,
         c.mla.nope + c.mla.rope);
   if (c.moe.experts > 0) {
+    // Offsets into stacked experts are counted in elements: keep them far from overflow.
+    check(c.moe.experts * c.moe.width <= int64_t{1} << 34 && c.moe.shared * c.moe.width <= int64_t{1} << 24,
+          "{}: key 'moe_intermediate_size': {} experts of width {} are too many", file, c.moe.experts,
+          c.moe.width);
     check(c.moe.experts % c.moe.groups == 0,
           "{}: key 'num_expert_group': found {}, expected a divisor of {} experts", file, c.moe.groups,
           c.moe.experts);

@@ -7,7 +7,7 @@ import subprocess
 import time
 import unittest
 
-from support import BINARY, DOCS, TIMEOUT, TestCase, kilin
+from support import BINARY, DOCS, TIMEOUT, TINY, TestCase, kilin
 
 ENDLESS = [BINARY, "run", str(DOCS), "--prompt", "The Linux kernel", "-n", "1000000", "--ignore-eos"]
 
@@ -38,6 +38,22 @@ class Interrupt(TestCase):
         result = json.loads(text)
         self.assertEqual(result["finish_reason"], "cancelled")
         self.assertTrue(result["ids"])
+
+    def test_one_wish_delivered_twice_is_one(self):
+        process = self.start(ENDLESS)
+        self.assertTrue(process.stdout.read(20))
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=TIMEOUT)
+        self.assertEqual(process.returncode, 130, errors)
+
+    def test_ctrl_c_reaches_a_model_that_makes_no_text(self):
+        process = self.start([BINARY, "run", str(TINY), "--prompt-ids", "1,2", "-n", "1000000", "--ignore-eos"])
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        text, errors = process.communicate(timeout=TIMEOUT)
+        self.assertEqual(process.returncode, 130, errors)
+        self.assertRegex(text.decode(), r"^\d+(,\d+)*\n$")
 
     def test_ctrl_c_in_a_long_prompt(self):
         ids = ",".join(["7936"] + ["100", "200", "300"] * 100_000)

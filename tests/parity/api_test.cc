@@ -2,8 +2,12 @@
 // The public API: what users rely on about sequences and their states.
 #include <gtest/gtest.h>
 
+#include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <thread>
 
+#include "io/test_support.h"
 #include "kilin/kilin.h"
 #include "support/reference.h"
 
@@ -199,6 +203,39 @@ TEST_F(Api, generation_can_be_cancelled_and_continued) {
   auto joined = first.ids;
   joined.insert(joined.end(), rest.ids.begin(), rest.ids.end());
   EXPECT_TRUE(std::equal(joined.begin(), joined.end(), golden.begin()));
+}
+
+TEST_F(Api, a_model_without_a_tokenizer_can_be_cancelled_by_token) {
+  const Model tiny = Model::load(reference_path("tiny-random"), {.require_tokenizer = false});
+  Sequence s = tiny.new_sequence();
+  GenerateOptions options;
+  options.ignore_end_tokens = true;
+  int tokens = 0;
+  options.on_token = [&](int32_t) { return ++tokens < 7; };
+  const auto result = tiny.generate(s, std::vector<int32_t>{5}, options);
+  EXPECT_EQ(result.ids.size(), 7u);
+  EXPECT_EQ(result.finish_reason, "cancelled");
+  EXPECT_EQ(result.text, "");
+}
+
+TEST_F(Api, a_failed_computation_clears_its_sequence_and_names_the_weights) {
+  const io::TemporaryDirectory directory;
+  namespace fs = std::filesystem;
+  fs::copy_file(reference_path("tiny-random/config.json"), directory.file("config.json"));
+  std::ifstream in(reference_path("tiny-random/model.safetensors"), std::ios::binary);
+  std::string bytes((std::istreambuf_iterator<char>(in)), {});
+  const auto checkpoint = io::SafetensorsFile::open(reference_path("tiny-random/model.safetensors"));
+  // The first value of the data: a weight of a matrix, which loading does not look at.
+  uint64_t header = 0;
+  std::memcpy(&header, bytes.data(), sizeof header);
+  bytes.replace(8 + header, 4, std::string("\0\0\xc0\x7f", 4));
+  directory.write("model.safetensors", bytes);
+  const Model broken = Model::load(directory.path(), {.require_tokenizer = false});
+  Sequence s = broken.new_sequence();
+  const std::string error = error_of([&] { s.prefill(std::vector<int32_t>{1, 2, 3}); });
+  EXPECT_NE(error.find("'" + checkpoint.names().front() + "' holds NaN"), std::string::npos) << error;
+  EXPECT_EQ(s.length(), 0);
+  EXPECT_TRUE(s.logits().empty());
 }
 
 TEST_F(Api, threads_may_share_a_model) {

@@ -15,10 +15,9 @@
   namespace kilin::avx512 {    \
   __VA_ARGS__                  \
   }
-// KILIN_DISPATCH(f)(args...) calls kilin::<active isa>::f(args...); "amx" runs the AVX-512 copy (a kernel with
-// a version of its own for AMX looks at active_isa() itself)
+// KILIN_DISPATCH(f)(args...) calls kilin::<active isa>::f(args...)
 #define KILIN_DISPATCH(function)                                               \
-  (::kilin::active_isa() >= ::kilin::Isa::kAvx512 ? &::kilin::avx512::function \
+  (::kilin::active_isa() == ::kilin::Isa::kAvx512 ? &::kilin::avx512::function \
    : ::kilin::active_isa() == ::kilin::Isa::kAvx2 ? &::kilin::avx2::function   \
                                                   : &::kilin::portable::function)
 #else

@@ -71,6 +71,41 @@ KILIN_INLINE Vec load_f16(const void* p) {
 KILIN_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 KILIN_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
+// Lanes of a (0 to kLanes - 1) and b (kLanes on) by a constant index; gcc and clang spell it differently.
+KILIN_INLINE Vec shuffle2(Vec a, Vec b, VecInt index) {
+#if defined(__clang__)
+  Vec r{};
+  for (int i = 0; i < kLanes; ++i) r[i] = index[i] < kLanes ? a[index[i]] : b[index[i] - kLanes];
+  return r;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// a0 b0 a1 b1 ... of the lower and of the upper halves of two vectors
+KILIN_INLINE Vec interleave_low(Vec a, Vec b) {
+  VecInt index{};
+  for (int i = 0; i < kLanes; ++i) index[i] = i / 2 + i % 2 * kLanes;
+  return shuffle2(a, b, index);
+}
+KILIN_INLINE Vec interleave_high(Vec a, Vec b) {
+  VecInt index{};
+  for (int i = 0; i < kLanes; ++i) index[i] = kLanes / 2 + i / 2 + i % 2 * kLanes;
+  return shuffle2(a, b, index);
+}
+
+// Transposes kLanes x kLanes floats: log2(kLanes) perfect shuffles of the rows.
+KILIN_INLINE void transpose(Vec (&rows)[kLanes]) {
+  for (int stage = 1; stage < kLanes; stage *= 2) {
+    Vec next[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleave_low(rows[i], rows[i + kLanes / 2]);
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + kLanes / 2]);
+    }
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
 KILIN_INLINE float reduce_add(Vec v) {
   float lanes[kLanes];
   store(lanes, v);

@@ -96,23 +96,34 @@ void rows_of(const MatmulJob& job, int64_t row_begin, int64_t row_end) {
   for (; r < row_end; ++r) dot_rows<Load, 1>(job, base + r * row_bytes, row_bytes, r);
 }
 
+// kLanes rows of w, transposed into kLanes columns of the panel
+template <class Load>
+KILIN_INLINE void pack_rows(const char* source, int64_t row_bytes, int64_t depth, float* target) {
+  constexpr int64_t kSize = sizeof(typename Load::Element);
+  int64_t k = 0;
+  for (; k + kLanes <= depth; k += kLanes) {
+    Vec block[kLanes];
+    for (int j = 0; j < kLanes; ++j) block[j] = Load::wide(element<Load>(source + j * row_bytes + k * kSize));
+    transpose(block);
+    for (int i = 0; i < kLanes; ++i) store(target + (k + i) * kNr, block[i]);
+  }
+  for (; k < depth; ++k) {
+    for (int j = 0; j < kLanes; ++j) target[k * kNr + j] = load_one<Load>(source + j * row_bytes + k * kSize);
+  }
+}
+
 // pack[k][j] = w[row_begin + j][k0 + k] for j < rows, 0 beyond: kNr columns wide
 template <class Load>
 void pack_panel(const WeightMatrix& w, int64_t row_begin, int64_t rows, int64_t k0, int64_t depth,
                 float* pack) {
   constexpr int64_t kSize = sizeof(typename Load::Element);
-  const char* base = static_cast<const char*>(w.data) + (row_begin * w.cols + k0) * kSize;
+  const int64_t row_bytes = w.cols * kSize;
+  const char* base = static_cast<const char*>(w.data) + row_begin * row_bytes + k0 * kSize;
   if (rows < kNr) std::memset(pack, 0, static_cast<size_t>(depth * kNr) * sizeof(float));
-  for (int64_t j = 0; j < rows; ++j) {
-    const char* source = base + j * w.cols * kSize;
-    float* target = pack + j;
-    int64_t k = 0;
-    for (; k + kLanes <= depth; k += kLanes) {
-      float lanes[kLanes];
-      store(lanes, Load::wide(element<Load>(source + k * kSize)));
-      for (int i = 0; i < kLanes; ++i) target[(k + i) * kNr] = lanes[i];
-    }
-    for (; k < depth; ++k) target[k * kNr] = load_one<Load>(source + k * kSize);
+  int64_t j = 0;
+  for (; j + kLanes <= rows; j += kLanes) pack_rows<Load>(base + j * row_bytes, row_bytes, depth, pack + j);
+  for (; j < rows; ++j) {
+    for (int64_t k = 0; k < depth; ++k) pack[k * kNr + j] = load_one<Load>(base + j * row_bytes + k * kSize);
   }
 }
 

@@ -2,11 +2,6 @@
 #include "base/cpu.h"
 
 #include <sched.h>
-#if defined(__x86_64__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 #include <algorithm>
 #include <array>
@@ -23,20 +18,6 @@
 namespace kilin {
 namespace {
 
-#if defined(__x86_64__)
-// AMX tiles with bf16 products (cpuid leaf 7, edx bits 24 and 22), and the kernel's leave for this process to
-// use tile registers: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), known since Linux 5.16.
-bool request_amx() {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
-  constexpr unsigned kNeeded = 1u << 24 | 1u << 22;
-  if ((edx & kNeeded) != kNeeded) return false;
-  constexpr int kRequestPermission = 0x1023;
-  constexpr int kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-#endif
-
 std::vector<Isa> detect() {
   std::vector<Isa> isas{Isa::kPortable};
 #if defined(__x86_64__)
@@ -48,7 +29,6 @@ std::vector<Isa> detect() {
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
   if (avx2) isas.push_back(Isa::kAvx2);
   if (avx512) isas.push_back(Isa::kAvx512);
-  if (avx512 && request_amx()) isas.push_back(Isa::kAmx);
 #endif
   return isas;
 }
@@ -73,7 +53,7 @@ std::atomic<int>& forced_isa() {
 }  // namespace
 
 std::string_view isa_name(Isa isa) {
-  static constexpr std::array<std::string_view, 4> kNames{"portable", "avx2", "avx512", "amx"};
+  static constexpr std::array<std::string_view, 3> kNames{"portable", "avx2", "avx512"};
   return kNames[static_cast<size_t>(isa)];
 }
 

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which instruction set the CPU kernels run on. Chosen once: the best this machine has, or the one forced by
-// set_isa() or by the environment variable KILIN_ISA (portable, avx2, avx512, amx: AVX-512 with AMX tiles where
-// a kernel has such a version).
+// set_isa() or by the environment variable KILIN_ISA (portable, avx2, avx512).
 #pragma once
 #include <span>
 #include <string_view>
 
 namespace kilin {
 
-enum class Isa { kPortable, kAvx2, kAvx512, kAmx };
+enum class Isa { kPortable, kAvx2, kAvx512 };
 
 std::string_view isa_name(Isa isa);
 // The instruction sets that are compiled in and that this machine can run, weakest first.

@@ -57,7 +57,7 @@ class LoadedModel {
   std::vector<std::optional<ExpertWeights>> shared_;
   std::optional<io::Checkpoint> checkpoint_;
   std::deque<std::vector<float>> floats_;
-  std::deque<std::vector<BFloat16>> random_;
+  std::vector<std::unique_ptr<BFloat16[]>> random_;
 };
 
 }  // namespace kilin

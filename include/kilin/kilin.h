@@ -29,8 +29,9 @@ struct ModelOptions {
   // Which implementation to agree with where implementations differ (docs/decisions/compatibility.md):
   // "transformers" (the native class), "remote-code" (Moonshot's modeling_kimi.py) or "vllm".
   std::string compatibility = "transformers";
-  int64_t prefill_chunk = 512;    // tokens computed at once in prefill: bounds the memory of activations
-  bool check_finite = true;       // stop with an error when logits are NaN or infinite, naming the weights to blame
+  int64_t prefill_chunk = 512;  // tokens computed at once in prefill: bounds the memory of activations
+  bool check_finite =
+      true;  // stop with an error when logits are NaN or infinite, naming the weights to blame
   bool require_tokenizer = true;  // false: token ids only (encode, decode and chat_prompt throw)
 };
 
@@ -174,8 +175,8 @@ class Model {
   int32_t bos_id() const;  // -1: none
   int32_t eos_id() const;  // -1: none; what ends a document in training streams
 
-  // Feeds the prompt to `sequence` (which may hold a past) and generates. Afterwards the sequence holds the prompt and
-  // all generated tokens but the last, whose logits nobody asked for: prefill it to go on.
+  // Feeds the prompt to `sequence` (which may hold a past) and generates. Afterwards the sequence holds the
+  // prompt and all generated tokens but the last, whose logits nobody asked for: prefill it to go on.
   GenerateResult generate(Sequence& sequence, std::span<const int32_t> prompt,
                           const GenerateOptions& options) const;
 

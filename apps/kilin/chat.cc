@@ -150,8 +150,8 @@ class Chat {
   bool command(const std::string& line) {
     const size_t space = line.find(' ');
     const std::string name = line.substr(0, space);
-    const std::string rest =
-        space == std::string::npos ? "" : line.substr(line.find_first_not_of(' ', space));
+    const size_t argument = line.find_first_not_of(' ', std::min(space, line.size()));
+    const std::string rest = argument == std::string::npos ? "" : line.substr(argument);
     if (name == "/quit" || name == "/exit") return false;
     try {
       if (name == "/help") {

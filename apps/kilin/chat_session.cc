@@ -47,6 +47,7 @@ GenerateResult ChatSession::answer(const std::string& user) {
         rendered.size(), model_.info().max_length);
   GenerateOptions options = options_;
   options.max_tokens = std::min(options.max_tokens, room);
+  options.seen = rendered;            // the whole conversation, however much of it is fed anew
   options.sampling.seed += answers_;  // the same question twice may get two answers
   const auto feed = tokens_to_feed(rendered);
   fed_ = static_cast<int64_t>(feed.size());
@@ -62,6 +63,7 @@ GenerateResult ChatSession::answer(const std::string& user) {
   known_ = rendered;
   known_.insert(known_.end(), result.ids.begin(), result.ids.end());
   known_.resize(std::min(known_.size(), static_cast<size_t>(sequence_.length())));
+  if (result.ids.empty()) return result;  // stopped before an answer: as if nobody had asked
   messages.push_back({"assistant", result.text});
   messages_ = std::move(messages);
   answers_ += 1;

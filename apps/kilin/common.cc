@@ -33,12 +33,17 @@ class FileDescriptor {
   int fd_;
 };
 
+// Texts are held in memory, several times over once they are tokens; an endless pipe must not take it all.
+constexpr size_t kMaxInputBytes = size_t{1} << 30;
+
 std::string read_all(int fd, const std::string& name) {
   std::string content;
   std::array<char, 1 << 16> buffer;
   while (true) {
     const ssize_t count = read(fd, buffer.data(), buffer.size());
     if (count > 0) content.append(buffer.data(), static_cast<size_t>(count));
+    check(content.size() <= kMaxInputBytes, "{}: found more than {} bytes of input, expected at most that",
+          name, kMaxInputBytes);
     if (count == 0) return content;
     check(count > 0 || errno == EINTR, "{}: {}", name, io::errno_text(errno));
   }
@@ -80,7 +85,7 @@ void add_engine_options(CLI::App& app, ModelArguments& arguments) {
   app.add_option("--prefill-chunk", arguments.prefill_chunk,
                  "prompt tokens computed at once: more is faster and takes more memory")
       ->type_name("N")
-      ->check(at_least_one())
+      ->check(in_range(1, 1 << 20, "a whole number from 1 to 1048576"))
       ->capture_default_str()
       ->group("Engine");
 }
@@ -105,7 +110,7 @@ void add_sampling_options(CLI::App& app, SamplingOptions& sampling) {
     return app.add_option(name, value, text)->type_name(type)->capture_default_str()->group("Sampling");
   };
   add("--temperature", sampling.temperature, "0: always the most likely token; higher: more varied", "T")
-      ->check(zero_or_above());
+      ->check(in_range(0, 1000, "a number from 0 to 1000"));
   add("--top-k", sampling.top_k, "only the K most likely tokens; 0: all", "K")
       ->check(in_range(0, std::numeric_limits<int>::max(), "a whole number from 0"));
   add("--top-p", sampling.top_p, "only the likeliest tokens that hold this share of probability; 1: all", "P")
@@ -114,14 +119,15 @@ void add_sampling_options(CLI::App& app, SamplingOptions& sampling) {
       ->check(in_range(0, 1, "a number from 0 to 1"));
   add("--repetition-penalty", sampling.repetition_penalty, "above 1: tokens seen are less likely; 1: off",
       "R")
-      ->check(in_range(1e-6, 1e6, "a number above 0"));
-  add("--seed", sampling.seed, "of the random numbers: the same seed gives the same text", "N");
+      ->check(in_range(1e-6, 1e3, "a number above 0, up to 1000"));
+  add("--seed", sampling.seed, "of the random numbers: the same seed gives the same text", "N")
+      ->check(seed_number());
 }
 
 std::string read_input(const std::string& path) {
   if (path == "-") return read_all(STDIN_FILENO, "standard input");
   const FileDescriptor file(open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  check(file.get() >= 0, "{}: {}", path, io::errno_text(errno));
+  check(file.get() >= 0, "{}: {}", path.empty() ? "(empty file name)" : path, io::errno_text(errno));
   return read_all(file.get(), path);
 }
 

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <charconv>
-#include <limits>
+#include <cstdint>
 #include <memory>
 #include <sstream>
 #include <utility>
@@ -118,11 +118,18 @@ void set_help_style(CLI::App& app) {
   app.formatter(help);
 }
 
+namespace {
+// CLI11 would read 010 as 8.
+bool looks_octal(const std::string& text) {
+  return text.size() > 1 && text[0] == '0' && text[1] >= '0' && text[1] <= '9';
+}
+}  // namespace
+
 CLI::Validator in_range(double low, double high, const std::string& expected) {
   const auto check = [low, high, expected](std::string& text) -> std::string {
     double value = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-    const bool number = error == std::errc{} && end == text.data() + text.size();
+    const bool number = error == std::errc{} && end == text.data() + text.size() && !looks_octal(text);
     if (number && value >= low && value <= high) return {};
     return fmt::format("found '{}', expected {}", text, expected);
   };
@@ -131,6 +138,21 @@ CLI::Validator in_range(double low, double high, const std::string& expected) {
 
 CLI::Validator at_least_one() { return in_range(1, 0x1p53, "a whole number from 1"); }
 
-CLI::Validator zero_or_above() { return in_range(0, std::numeric_limits<double>::max(), "a number from 0"); }
+CLI::Validator seed_number() {
+  const auto check = [](std::string& text) -> std::string {
+    uint64_t value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (error == std::errc{} && end == text.data() + text.size() && !looks_octal(text)) return {};
+    return fmt::format("found '{}', expected a whole number from 0 to 18446744073709551615", text);
+  };
+  return CLI::Validator(check, "");
+}
+
+CLI::Validator not_empty() {
+  const auto check = [](std::string& text) -> std::string {
+    return text.empty() ? "found an empty text, expected at least one character" : "";
+  };
+  return CLI::Validator(check, "");
+}
 
 }  // namespace kilin::cli

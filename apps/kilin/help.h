@@ -29,7 +29,8 @@ void set_help_style(CLI::App& app);
 
 // A check for number options: low <= value <= high, said as `expected` when it fails.
 CLI::Validator in_range(double low, double high, const std::string& expected);
-CLI::Validator at_least_one();   // whole numbers from 1
-CLI::Validator zero_or_above();  // any number from 0
+CLI::Validator at_least_one();  // whole numbers from 1
+CLI::Validator seed_number();   // 0 to 2^64 - 1, decimal
+CLI::Validator not_empty();
 
 }  // namespace kilin::cli

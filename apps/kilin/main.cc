@@ -72,6 +72,14 @@ int run(int argc, const char* const* argv) {
     write_out(app.help());
     return 2;
   }
+  active_isa();  // a bad KILIN_ISA is told by itself, not while a model loads
+  const std::string first = argv[1];
+  const auto known =
+      app.get_subcommands([&](const CLI::App* command) { return command->get_name() == first; });
+  if (!first.starts_with('-') && known.empty()) {
+    return report_usage(app,
+                        fmt::format("found command '{}', expected run, chat, info, eval or bench", first));
+  }
   try {
     app.parse(argc, argv);
     return run_chosen(commands);

@@ -69,6 +69,7 @@ void add_generate_options(CLI::App& app, RunOptions& options) {
       ->capture_default_str();
   app.add_option("--stop", options.generate.stop, "end before this text; may be given several times")
       ->type_name("TEXT")
+      ->check(not_empty())
       ->allow_extra_args(false);
   app.add_flag("--ignore-eos", options.generate.ignore_end_tokens, "go on after end-of-text tokens");
   app.add_flag("--progress", options.progress,
@@ -117,7 +118,7 @@ double decode_rate(const GenerateResult& result) {
 }
 
 double prefill_rate(const GenerateResult& result) {
-  return rate(static_cast<double>(result.prompt_tokens), result.prefill_seconds);
+  return rate(static_cast<double>(result.prefilled_tokens), result.prefill_seconds);
 }
 
 nlohmann::ordered_json to_json(const GenerateResult& result, double load_seconds) {
@@ -173,6 +174,7 @@ void print(const Model& model, const GenerateResult& result, const RunOptions& o
 
 int run(const RunOptions& options) {
   check_usage(options);
+  for (const std::string& stop : options.generate.stop) check_text(stop, "--stop");
   // Read before the model is loaded, so that a wrong file name costs no time.
   const std::string text = options.prompt        ? *options.prompt
                            : options.prompt_file ? read_input(*options.prompt_file)

@@ -132,7 +132,8 @@ class Sequence {
 struct GenerateOptions {
   int64_t max_tokens = 128;
   SamplingOptions sampling;
-  std::vector<std::string> stop;   // generation ends before any of these texts
+  std::vector<int32_t> seen;      // tokens besides the prompt's that count as seen for the repetition penalty
+  std::vector<std::string> stop;  // generation ends before any of these texts
   bool ignore_end_tokens = false;  // go on after end-of-text tokens (benchmarks, golden tests)
   // Hears each token as soon as it is chosen, whether it makes text or not; return false to end.
   std::function<bool(int32_t id)> on_token;
@@ -147,6 +148,7 @@ struct GenerateResult {
   std::string text;           // without special tokens and without the stop text
   std::string finish_reason;  // "stop" (end token or stop text), "length", "cancelled"
   int64_t prompt_tokens = 0;
+  int64_t prefilled_tokens = 0;  // of them computed: fewer after a cancelled prefill
   double prefill_seconds = 0;
   double decode_seconds = 0;
 };

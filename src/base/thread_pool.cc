@@ -2,6 +2,7 @@
 #include "base/thread_pool.h"
 
 #include <chrono>
+#include <system_error>
 #include <utility>
 
 #include "base/error.h"
@@ -44,12 +45,20 @@ bool spin_until(const Done& done) {
 ThreadPool::ThreadPool(int threads) {
   check(threads >= 1 && threads <= 1024, "threads: found {}, expected 1 to 1024", threads);
   workers_.reserve(static_cast<size_t>(threads - 1));
-  for (int worker = 1; worker < threads; ++worker) {
-    workers_.emplace_back([this, worker] { worker_loop(worker); });
+  try {
+    for (int worker = 1; worker < threads; ++worker) {
+      workers_.emplace_back([this, worker] { worker_loop(worker); });
+    }
+  } catch (const std::system_error& e) {  // the destructor does not run: end what was started here
+    const size_t started = workers_.size();
+    stop_workers();
+    fail("threads: the system started {} of {} threads: {}", started + 1, threads, e.what());
   }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop_workers(); }
+
+void ThreadPool::stop_workers() {
   stop_ = true;
   { std::lock_guard lock(mutex_); }  // a worker that saw stop_ unset is asleep by now, and hears the call
   wake_.notify_all();

@@ -42,6 +42,7 @@ class ThreadPool {
   void run(int64_t count, Call call, const void* task);
   void worker_loop(int worker);
   void run_indices(int worker);
+  void stop_workers();
 
   // phase_ = epoch * 65536 + workers inside. An odd epoch is open: workers may join; closing it makes it
   // even. The caller waits only for workers that joined, so one that is asleep, or that the system has

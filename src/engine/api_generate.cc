@@ -72,10 +72,11 @@ GenerateResult Model::generate(Sequence& sequence, std::span<const int32_t> prom
   result.finish_reason = "length";
   TextStream stream(impl_->tokenizer ? &*impl_->tokenizer : nullptr, options);
   TokenSampler sampler(options.sampling);
+  for (int32_t id : options.seen) sampler.accept(id);
   for (int32_t id : prompt) sampler.accept(id);
   const auto prefill_start = std::chrono::steady_clock::now();
   bool cancelled = false;
-  sequence.prefill(prompt, [&](int64_t done) {
+  result.prefilled_tokens = sequence.prefill(prompt, [&](int64_t done) {
     cancelled = options.on_prefill && !options.on_prefill(done);
     return !cancelled;
   });

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "base/error.h"
+#include "kernels/norm/norm.h"
 
 namespace kilin {
 
@@ -25,6 +26,8 @@ void TokenSampler::accept(int32_t token) {
 
 int32_t TokenSampler::sample(std::span<const float> logits) {
   check(!logits.empty(), "sample: no logits (a sequence without tokens has none)");
+  check(all_finite(static_cast<int64_t>(logits.size()), logits.data()),
+        "sample: logits hold NaN or infinity");
   if (!seen_.empty()) {
     penalised_.assign(logits.begin(), logits.end());
     const auto penalty = static_cast<float>(options_.repetition_penalty);

@@ -58,6 +58,19 @@ void mark_layers(const io::JsonReader& lists, std::string_view key, LayerKind ki
   }
 }
 
+// Files that transformers wrote have both the lists and layer_types, which must agree.
+void check_layer_types(const io::JsonReader& json, const std::vector<std::optional<LayerKind>>& layers) {
+  json.ignore({"layer_types"});
+  if (!json.has("layer_types")) return;
+  const auto names = json.strings("layer_types");
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const bool full = i < names.size() && names[i] == "full_attention";
+    check(names.size() == layers.size() && (!layers[i] || full == (*layers[i] == LayerKind::kMla)),
+          "{}: key 'layer_types': contradicts the lists of 'linear_attn_config' at layer {}", json.file(),
+          i + 1);
+  }
+}
+
 std::vector<LayerKind> layer_kinds(const io::JsonReader& json, const std::optional<io::JsonReader>& lists,
                                    int64_t count) {
   std::vector<std::optional<LayerKind>> layers(static_cast<size_t>(count));
@@ -65,7 +78,7 @@ std::vector<LayerKind> layer_kinds(const io::JsonReader& json, const std::option
     mark_layers(*lists, "kda_layers", LayerKind::kKda, layers);
     mark_layers(*lists, "gdn_layers", LayerKind::kGdn, layers);
     mark_layers(*lists, "full_attn_layers", LayerKind::kMla, layers);
-    json.ignore({"layer_types"});
+    check_layer_types(json, layers);
   } else if (json.has("layer_types")) {
     const auto names = json.strings("layer_types");
     check(static_cast<int64_t>(names.size()) == count, "{}: key 'layer_types': found {} entries, expected {}",
@@ -166,7 +179,8 @@ MoeConfig read_moe(const io::JsonReader& json, const Compatibility& compat) {
   c.shared = integer_or(json, {"num_shared_experts", "n_shared_experts"}, 0, 0, 1024);
   c.width = json.integer("moe_intermediate_size", 1, kMaxDimension);
   c.renormalize = json.boolean_or(present_key(json, {"moe_renormalize", "norm_topk_prob"}), true);
-  c.scale = json.number_or("routed_scaling_factor", 1.0, -1e6, 1e6);
+  // Required: configuration classes disagree about its default (1.0 in Moonshot's, 2.446 in transformers').
+  c.scale = json.number("routed_scaling_factor", -1e6, 1e6);
   if (json.has("moe_router_activation_func")) {
     c.sigmoid_router = json.choice("moe_router_activation_func", {"sigmoid", "softmax"}) == "sigmoid";
   }

@@ -147,6 +147,8 @@ TEST(Config, what_kilin_does_not_compute_is_refused_with_file_and_key) {
       {{{"linear_attn_config", {{"gate_lower_bound", 5}}}}, "gate_lower_bound"},
       {{{"linear_attn_config", {{"head_dim", 512}}}}, "linear_attn_config.head_dim"},
       {{{"intermediate_size", nullptr}}, "intermediate_size"},
+      {{{"routed_scaling_factor", nullptr}}, "routed_scaling_factor"},
+      {{{"layer_types", {"full_attention"}}}, "layer_types"},
   };
   for (const auto& [changes, expected] : cases) {
     const std::string error = error_with(changes);

@@ -19,6 +19,8 @@
 // Python stays to the end of the process and keeps what it and its extension modules have allocated.
 extern "C" const char* __lsan_default_suppressions();  // NOLINT: the sanitizer's name
 extern "C" const char* __lsan_default_suppressions() { return "leak:libpython3\nleak:libcrypto\n"; }
+extern "C" const char* __lsan_default_options();  // NOLINT: the same
+extern "C" const char* __lsan_default_options() { return "print_suppressions=0"; }
 #endif
 
 namespace kilin::text {

@@ -56,7 +56,11 @@ KILIN_INLINE void dot_tile(int64_t cols, const char* w, int64_t row_bytes, const
     Vec xs[M];
     for (int t = 0; t < M; ++t) xs[t] = load(x + t * x_stride + c);
     for (int r = 0; r < R; ++r) {
-      const Vec wr = Load::wide(element<Load>(w + r * row_bytes + c * kSize));
+      // The hardware prefetcher stops at page ends and starts anew for every row: ask for the next R rows
+      // ourselves.
+      const char* at = w + r * row_bytes + c * kSize;
+      __builtin_prefetch(at + R * row_bytes);
+      const Vec wr = Load::wide(element<Load>(at));
       for (int t = 0; t < M; ++t) acc[t][r] += wr * xs[t];
     }
   }

@@ -145,9 +145,12 @@ void mla_merge_value(const MlaParams& p, int64_t head, int64_t pieces, const flo
   job.x_stride = p.latent;
   job.w = p.kv_b;
   const int64_t first = head * (p.nope + p.value) + p.nope;
-  job.y = out - first;  // row r of the weights goes to y[r]
+  job.w.data = static_cast<const char*>(p.kv_b.data) +
+               first * p.latent * static_cast<int64_t>(dtype_size(p.kv_b.dtype));
+  job.w.rows = p.value;
+  job.y = out;
   job.y_stride = p.value;
-  matmul_rows(job, first, first + p.value);
+  matmul_rows(job, 0, p.value);
 }
 
 namespace {

@@ -14,8 +14,10 @@ std::vector<AddedToken> sorted_by_id(std::vector<AddedToken> tokens) {
   std::sort(tokens.begin(), tokens.end(), [](const auto& a, const auto& b) { return a.id < b.id; });
   for (size_t i = 0; i < tokens.size(); ++i) {
     check(tokens[i].id >= 0, "added token '{}' has id {}", tokens[i].content, tokens[i].id);
-    check(i == 0 || tokens[i].id != tokens[i - 1].id, "added tokens '{}' and '{}' have the same id {}",
-          tokens[i - 1].content, tokens[i].content, tokens[i].id);
+    if (i > 0 && tokens[i].id == tokens[i - 1].id) {
+      fail("added tokens '{}' and '{}' have the same id {}", tokens[i - 1].content, tokens[i].content,
+           tokens[i].id);
+    }
   }
   return tokens;
 }

@@ -24,7 +24,8 @@ template <class... Args>
   throw Error(fmt::format(format, std::forward<Args>(args)...));
 }
 
-// check(ok, format, args...) throws Error when the condition does not hold.
+// check(ok, format, args...) throws Error when the condition does not hold. The arguments are evaluated in
+// any case, and perhaps before the condition: where they need it to fail, write `if (...) fail(...)`.
 template <class... Args>
 void check(bool ok, fmt::format_string<Args...> format, Args&&... args) {
   if (!ok) [[unlikely]] {

@@ -43,8 +43,9 @@ AddedTokenFinder::AddedTokenFinder(std::vector<AddedToken> tokens) : tokens_(std
   for (size_t i = 0; i < tokens_.size(); ++i) {
     const AddedToken& token = tokens_[i];
     check(!token.content.empty(), "added token {} is empty", token.id);
-    check(i == 0 || token.content != tokens_[i - 1].content, "added tokens {} and {} have the same text '{}'",
-          tokens_[i - 1].id, token.id, token.content);
+    if (i > 0 && token.content == tokens_[i - 1].content) {
+      fail("added tokens {} and {} have the same text '{}'", tokens_[i - 1].id, token.id, token.content);
+    }
     starts_[static_cast<uint8_t>(token.content[0])] = true;
   }
 }

@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <nlohmann/json.hpp>
 #include <vector>
 
@@ -68,7 +70,9 @@ Result measure(const Shape& s, kilin::ThreadPool& pool) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
+namespace {
+
+void run(int argc, char** argv) {
   const int threads = argc > 1 ? std::atoi(argv[1]) : kilin::physical_cores();
   kilin::ThreadPool pool(threads);
   openblas_set_num_threads(threads);
@@ -96,4 +100,16 @@ int main(int argc, char** argv) {
                      {"openblas_gflops", flops / r.blas}});
   }
   fmt::print("{}\n", lines.dump());
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    run(argc, argv);
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "bench_matmul: %s\n", e.what());
+    return 1;
+  }
+  return 0;
 }

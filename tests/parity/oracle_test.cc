@@ -68,8 +68,8 @@ struct Input {
 Input make_input(const std::vector<int64_t>& lengths, const std::vector<int32_t>& slots,
                  const std::vector<int64_t>& past, int64_t vocab, Random& random) {
   Input input;
-  for (size_t s = 0; s < lengths.size(); ++s) {
-    for (int64_t i = 0; i < lengths[s]; ++i)
+  for (const int64_t length : lengths) {
+    for (int64_t i = 0; i < length; ++i)
       input.tokens.push_back(static_cast<int32_t>(random.below(static_cast<uint64_t>(vocab))));
     input.cu.push_back(static_cast<int32_t>(input.tokens.size()));
   }

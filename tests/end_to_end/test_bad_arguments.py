@@ -22,6 +22,23 @@ class BadArguments(TestCase):
                 self.assert_refused(kilin("run", DOCS, "--prompt", os.fsdecode(text)), "--prompt", "UTF-8")
         self.assert_refused(kilin("run", DOCS, "--prompt-file", "-", stdin=b"abc\xff"), "UTF-8")
 
+    def test_stop_text_that_is_not_utf8(self):
+        result = kilin("run", DOCS, "--prompt", "a", "--stop", os.fsdecode(b"\xff"))
+        self.assert_refused(result, "--stop", "UTF-8")
+
+    def test_values_that_no_run_can_have_are_wrong_usage(self):
+        for option, value in (("--seed", "18446744073709551616"), ("--seed", "010"), ("--seed", "-1"), ("--seed", ""),
+                              ("--max-tokens", "010"), ("--temperature", "1001"), ("--repetition-penalty", "1001"),
+                              ("--prefill-chunk", "1048577"), ("--stop", "")):
+            with self.subTest(option=option, value=value):
+                self.assert_wrong_usage(kilin("run", DOCS, "--prompt", "a", option, value), option)
+        self.assert_wrong_usage(kilin("generate", DOCS), "generate")
+
+    def test_instruction_set_that_does_not_exist(self):
+        result = kilin("info", DOCS, env={"KILIN_ISA": "mmx"})
+        self.assert_refused(result, "KILIN_ISA", "mmx")
+        self.assertNotIn(str(DOCS), result.stderr.decode())
+
     def test_prompt_file(self):
         self.assert_refused(kilin("run", DOCS, "--prompt-file", "/nonexistent/file"), "/nonexistent/file")
         self.assert_refused(kilin("run", DOCS, "--prompt-file", "/tmp"), "/tmp")

@@ -32,6 +32,16 @@ class Chat(TestCase):
         lines = self.chat("What is Unix?\n/reset\nWhat is Unix?\n").stdout.decode().splitlines()
         self.assertEqual(lines, [UNIX, UNIX])
 
+    def test_command_with_nothing_but_spaces_behind_it(self):
+        lines = self.chat("/system  \nWhat is Unix?\n").stdout.decode().splitlines()
+        self.assertEqual(lines, [UNIX])
+
+    def test_penalty_remembers_the_whole_conversation(self):
+        # The second question's tokens are few, but the first answer's count as seen too, fed anew or not.
+        lines = self.chat("What is Unix?\nWhat is Unix?\n", "-n", 6, "--repetition-penalty", 5).stdout.decode().splitlines()
+        self.assertEqual(len(lines), 2)
+        self.assertNotIn("Unix", lines[1])
+
     def test_quit_leaves(self):
         self.assertEqual(self.chat("/quit\nWhat is Unix?\n").stdout, b"")
 

@@ -176,6 +176,22 @@ TEST_P(Mla, the_number_of_threads_does_not_change_a_bit) {
   }
 }
 
+TEST(MlaLongContext, more_keys_than_pieces_and_more_queries_than_the_scratch_holds_change_nothing) {
+  // 67,100 keys need pieces of more than 1,024; 2,200 query rows need two passes of 4 M floats of partial
+  // sums.
+  Problem problem(kShapes[1], 66000, 1100, 1.0, 5);
+  ThreadPool pool(2);
+  mla_absorbed(problem.params(), problem.sequence(), pool);
+  const std::vector<float> absorbed = problem.out();
+  mla_expanded(problem.params(), problem.sequence(), pool);
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < absorbed.size(); ++i) {
+    error += std::pow(static_cast<double>(absorbed[i]) - problem.out()[i], 2);
+    norm += std::pow(static_cast<double>(absorbed[i]), 2);
+  }
+  EXPECT_LT(std::sqrt(error / norm), 1e-5);
+}
+
 TEST(MlaThreshold, is_where_the_orders_cost_the_same) {
   MlaParams p;
   p.nope = p.value = 128;

@@ -146,7 +146,7 @@ TEST(KdaGolden, ComplexStepOfTheOracleGivesTheGoldenGradients) {
   std::map<std::string, std::vector<double>> expected;
   for (const char* name : {"q", "k", "v", "g_raw"}) {
     for (const auto& [t, channel] : {std::pair{0, 0}, std::pair{31, 17}, std::pair{64, 63}}) {
-      found[name].push_back(derivative(name, static_cast<size_t>(t * kDim + channel)));
+      found[name].push_back(derivative(name, static_cast<size_t>(int64_t{t} * kDim + channel)));
       const auto index = static_cast<size_t>(int64_t{t} * row + head * kDim + channel);
       expected[name].push_back(static_cast<double>(golden[std::string("grad_") + name][index]));
     }

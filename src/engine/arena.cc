@@ -28,10 +28,4 @@ float* Arena::allocate(int64_t floats) {
   return p;
 }
 
-size_t Arena::bytes() const {
-  size_t floats = 0;
-  for (const Block& b : blocks_) floats += b.floats;
-  return floats * sizeof(float);
-}
-
 }  // namespace kilin

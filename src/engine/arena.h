@@ -22,7 +22,6 @@ class Arena {
     block_ = mark.block;
     used_ = mark.used;
   }
-  size_t bytes() const;  // held
 
  private:
   struct Free {

@@ -35,7 +35,6 @@ class EngineOps {
   // The batch and the arena's content are valid until the next begin().
   void begin(const Batch& batch);
   void set_observer(Observer observer) { observer_ = std::move(observer); }
-  size_t scratch_bytes() const { return arena_.bytes(); }
 
   Tensor embed(const Weight& table);
   Tensor rms_norm(const Tensor& x, const Weight& w, double eps);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Helpers of this room's tests: temporary directories, malformed files, the text of an Error.
+// Helpers of tests, in this room and above it: temporary directories, malformed files, the text of an Error.
 #pragma once
 #include <sys/wait.h>
 #include <unistd.h>

@@ -320,8 +320,7 @@ Config read_config(const io::JsonReader& json, const Compatibility& compat) {
   c.eos_ids = id_list(json, "eos_token_id", c.vocab_size);
   const auto bos = id_list(json, "bos_token_id", c.vocab_size);
   if (!bos.empty()) c.bos_id = bos.front();
-  const auto pad = id_list(json, "pad_token_id", c.vocab_size);
-  if (!pad.empty()) c.pad_id = pad.front();
+  id_list(json, "pad_token_id", c.vocab_size);  // checked; inference pads nothing
   c.compatibility = compat.name;
   const auto unread = json.unread_keys();
   check(unread.empty(), "{}: key '{}' is unknown and may change what the model computes", json.file(),

@@ -63,7 +63,6 @@ struct Config {
   std::vector<LayerKind> layers;
   std::vector<bool> sparse;  // [layers]: mixture of experts instead of a dense MLP
   std::optional<int64_t> bos_id;
-  std::optional<int64_t> pad_id;
   std::vector<int64_t> eos_ids;
   std::string compatibility;
 

@@ -7,11 +7,22 @@
 
 namespace kilin {
 
+// What turns a stored tensor into the parameter.
+enum class Transform {
+  kNone,
+  kLogOfNegative,  // A_log from GGUF's ssm_a: ln(-x)
+  kJoinHeads,      // kv_b from GGUF's attn_k_b and attn_v_b: per head the transposed k_b, then v_b
+};
+
 // A place where a parameter may be stored: `elements` from `offset` on of the tensor `name` of shape `shape`.
 struct TensorSource {
   std::string name;
   Shape shape;
   int64_t offset = 0;  // in elements
+  Transform transform = Transform::kNone;
+  std::string
+      second_name;  // kJoinHeads: attn_v_b [heads][value][latent]; `name` is attn_k_b [heads][latent][nope]
+  Shape second_shape;
 };
 
 // All places to look for a parameter, Moonshot's own spelling first, then those of transformers' native

@@ -23,14 +23,15 @@ inline std::string to_string(const Shape& shape) {
   return text + "]";
 }
 
-// Read-only, row-major data owned by somebody else (a mapped file, mostly). `data` need not be aligned.
+// Read-only, row-major data owned by somebody else (a mapped file, mostly). `data` need not be aligned. Of a
+// quantised tensor the last dimension is a multiple of the type's block.
 struct TensorView {
   Dtype dtype = Dtype::kF32;
   Shape shape;
   const void* data = nullptr;
 
   int64_t elements() const { return element_count(shape); }
-  size_t bytes() const { return static_cast<size_t>(elements()) * dtype_size(dtype); }
+  size_t bytes() const { return dtype_bytes(dtype, elements()); }
 };
 
 }  // namespace kilin

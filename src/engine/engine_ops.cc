@@ -10,6 +10,7 @@
 #include "kernels/kda/kda.h"
 #include "kernels/mla/mla.h"
 #include "kernels/norm/norm.h"
+#include "quant/formats.h"
 
 namespace kilin {
 
@@ -38,9 +39,12 @@ MatmulJob EngineOps::job(const Tensor& x, const Weight& w, Tensor& y) {
 }
 
 EngineTensor EngineOps::embed(const Weight& table) {
-  Tensor x = tensor(batch_.rows(), table.matrix.cols);
+  const TensorView& view = table.table;
+  Tensor x = tensor(batch_.rows(), view.shape.at(1));
   for (int64_t r = 0; r < x.rows; ++r) {
-    widen_row(table.matrix, batch_.tokens[static_cast<size_t>(r)], x.data + r * x.width);
+    const int64_t first = batch_.tokens[static_cast<size_t>(r)] * x.width;
+    const auto* row = static_cast<const std::byte*>(view.data) + dtype_bytes(view.dtype, first);
+    quant::dequantize(view.dtype, row, x.width, x.data + r * x.width);
   }
   return x;
 }

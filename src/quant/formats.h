@@ -11,6 +11,7 @@
 
 namespace kilin::quant {
 
+// NOLINTBEGIN(readability-identifier-naming): the formats' own names
 // 32 elements: x_i = d q_i
 struct BlockQ8_0 {
   uint16_t d;  // float16 bits
@@ -39,6 +40,7 @@ struct BlockQ6_K {
   int8_t scales[16];
   uint16_t d;
 };
+// NOLINTEND(readability-identifier-naming)
 static_assert(sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_K) == 144 &&
               sizeof(BlockQ6_K) == 210);
 
@@ -53,7 +55,7 @@ inline ScaleMin scale_min(const uint8_t (&s)[12], int p) {
 }
 
 // Whether weights of this type can be read (F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K) and written (all of those
-// but F16 and Q6_K).
+// but Q6_K).
 bool readable(Dtype dtype);
 bool writable(Dtype dtype);
 
@@ -66,8 +68,9 @@ void dequantize(Dtype dtype, const void* data, int64_t n, float* out);
 // type (float16 scale overflow).
 void quantize(Dtype dtype, const float* x, int64_t n, void* out);
 
-// Largest |x_i - x'_i| that quantising the block of dtype_block(dtype) finite elements at x can cause, from
-// the format alone (half a step of each part, and the rounding of its scales).
+// A bound of |x_i - x'_i| over the block of dtype_block(dtype) finite elements at x, of a type that can be
+// written: half a step and the rounding of the scales; for Q4_0 also the end that its 16 levels cannot reach,
+// for Q4_K what its search may clip (a sure bound, some four half steps for normal data).
 double error_bound(Dtype dtype, const float* x);
 
 }  // namespace kilin::quant

@@ -24,3 +24,17 @@ function(kilin_isa_sources target)
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${isa}>)
   endforeach()
 endfunction()
+
+# kilin_amx_sources(TARGET file...): files for AVX-512 with AMX; on other processors nothing.
+function(kilin_amx_sources target)
+  if(NOT "avx512" IN_LIST KILIN_ISAS)
+    return()
+  endif()
+  add_library(${target}_amx OBJECT ${ARGN})
+  target_include_directories(${target}_amx PRIVATE ${CMAKE_SOURCE_DIR}/src)
+  target_compile_definitions(${target}_amx PRIVATE KILIN_ISA=avx512)
+  target_compile_options(${target}_amx PRIVATE ${KILIN_ISA_FLAGS_avx512} -mamx-tile -mamx-bf16 -O3 -fno-math-errno
+                                               -fno-trapping-math -ffp-contract=fast)
+  target_link_libraries(${target}_amx PRIVATE kilin_flags fmt::fmt)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_amx>)
+endfunction()

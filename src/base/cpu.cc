@@ -2,6 +2,11 @@
 #include "base/cpu.h"
 
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -18,6 +23,19 @@
 namespace kilin {
 namespace {
 
+#if defined(__x86_64__)
+// AMX with bfloat16, and the system's leave to use its 8 KB of registers (Linux grants it by process on
+// request).
+bool have_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 std::vector<Isa> detect() {
   std::vector<Isa> isas{Isa::kPortable};
 #if defined(__x86_64__)
@@ -29,6 +47,7 @@ std::vector<Isa> detect() {
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
   if (avx2) isas.push_back(Isa::kAvx2);
   if (avx512) isas.push_back(Isa::kAvx512);
+  if (avx512 && have_amx()) isas.push_back(Isa::kAmx);
 #endif
   return isas;
 }
@@ -53,7 +72,7 @@ std::atomic<int>& forced_isa() {
 }  // namespace
 
 std::string_view isa_name(Isa isa) {
-  static constexpr std::array<std::string_view, 3> kNames{"portable", "avx2", "avx512"};
+  static constexpr std::array<std::string_view, 4> kNames{"portable", "avx2", "avx512", "amx"};
   return kNames[static_cast<size_t>(isa)];
 }
 

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which instruction set the CPU kernels run on. Chosen once: the best this machine has, or the one forced by
-// set_isa() or by the environment variable KILIN_ISA (portable, avx2, avx512).
+// set_isa() or by the environment variable KILIN_ISA (portable, avx2, avx512, amx). amx is avx512 with
+// Intel's tile matrix unit for the products that have a form for it.
 #pragma once
 #include <span>
 #include <string_view>
 
 namespace kilin {
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAmx };
 
 std::string_view isa_name(Isa isa);
 // The instruction sets that are compiled in and that this machine can run, weakest first.

@@ -1,71 +1,224 @@
 // SPDX-License-Identifier: Apache-2.0
+// Which form each product takes, the preparation of its activations, and the division of the work.
 #include "kernels/matmul/matmul.h"
 
 #include <algorithm>
+#include <cstring>
+#include <memory>
 #include <vector>
 
 #include "base/error.h"
+#include "kernels/matmul/amx.h"
+#include "kernels/matmul/layout.h"
 #include "kernels/matmul/matmul_isa.h"
 
 namespace kilin {
 namespace {
 
-// Weight bytes of one piece of work in the dot-product form: enough to hide the hand-out of the piece (about
-// 0.1 us), small enough to balance the threads.
-constexpr int64_t kRowPieceBytes = 64 * 1024;
+// Weight bytes of one piece of work in the memory-bound forms: enough to hide the hand-out of the piece
+// (about 0.1 us), small enough to balance the threads.
+constexpr int64_t kPieceBytes = 64 * 1024;
+// Values of activations below which their preparation is not worth a parallel region.
+constexpr int64_t kSerialValues = 16 * 1024;
+// Panels of one piece of work by AMX.
+constexpr int64_t kTilePanels = 4;
+
+// How a job is computed. Measured on a 2-core machine with AMX: docs/notes/20261124-cpu-matmul.md.
+enum class Form {
+  kDotFloats,   // float weights, few tokens
+  kGemmFloats,  // float weights, many tokens
+  kIntegers,    // quantised weights
+  kTiles,       // AMX
+};
+
+constexpr int64_t kDotTokens = 16;          // up to here dot_floats
+constexpr int64_t kTileTokensBF16 = 8;      // from here AMX for BF16 weights
+constexpr int64_t kTileTokensWidened = 24;  // from here AMX for weights that are widened first
+
+Form form_of(const MatmulJob& job, bool amx) {
+  const bool quantized = is_quantized(job.w.dtype);
+  if (amx && job.w.dtype != Dtype::kF32) {
+    if (job.tokens >= (job.w.dtype == Dtype::kBF16 ? kTileTokensBF16 : kTileTokensWidened))
+      return Form::kTiles;
+  }
+  if (quantized) return Form::kIntegers;
+  return job.tokens <= kDotTokens ? Form::kDotFloats : Form::kGemmFloats;
+}
+
+// Activations in the shape a form wants, shared by the jobs with the same x.
+struct Input {
+  const float* x;
+  int64_t x_stride, tokens, cols;
+  Form form;
+  size_t offset;  // in the buffer
+  int64_t tasks;  // tokens, or tiles of them
+};
 
 struct Piece {
   const MatmulJob* job;
-  int64_t row_begin;
-  int64_t row_end;
-  bool dot;
+  const Input* input;  // null: x as it is
+  Form form;
+  PanelRange panels;
+  int64_t first, last;  // tokens, kTiles only
 };
 
-thread_local std::vector<Piece> pieces;
-thread_local std::vector<float> pack_buffer;
-
-void add_pieces(const MatmulJob& job, int64_t panel_rows, size_t threads, std::vector<Piece>& list) {
-  if (job.tokens == 0 || job.w.rows == 0) return;
-  const bool dot = job.tokens <= kMatmulDotTokens;
-  int64_t step = panel_rows;
-  if (dot) {
-    const int64_t row_bytes =
-        std::max<int64_t>(1, job.w.cols * static_cast<int64_t>(dtype_size(job.w.dtype)));
-    const int64_t per_thread =
-        (job.w.rows + static_cast<int64_t>(threads) - 1) / static_cast<int64_t>(threads);
-    step = std::clamp<int64_t>(kRowPieceBytes / row_bytes, 4, std::max<int64_t>(4, per_thread)) / 4 * 4;
+// Grows, 64-byte aligned, contents not kept.
+class Buffer {
+ public:
+  std::byte* get(size_t bytes) {
+    if (bytes > size_) {
+      memory_.reset(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{kPackAlignment})));
+      size_ = bytes;
+    }
+    return memory_.get();
   }
-  for (int64_t r = 0; r < job.w.rows; r += step) {
-    list.push_back({&job, r, std::min(job.w.rows, r + step), dot});
+
+ private:
+  struct Free {
+    void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{kPackAlignment}); }
+  };
+  std::unique_ptr<std::byte, Free> memory_;
+  size_t size_ = 0;
+};
+
+// The lists of one call, kept by the calling thread for the next.
+struct Plan {
+  std::vector<Input> inputs;
+  std::vector<size_t> input_of;  // [jobs], kNone without
+  std::vector<Piece> pieces;
+  Buffer buffer;
+};
+constexpr size_t kNone = SIZE_MAX;
+
+thread_local Plan plan_of_thread;
+thread_local Buffer worker_scratch;
+
+size_t input_bytes(Form form, int64_t tokens, int64_t cols) {
+#if defined(__x86_64__)
+  if (form == Form::kTiles) return static_cast<size_t>(amx::split_bytes(tokens, cols));
+#endif
+  (void)form;
+  return static_cast<size_t>(
+      packed::round_up(tokens * (cols / 32) * static_cast<int64_t>(sizeof(ActivationBlock)), 64));
+}
+
+void add_input(const MatmulJob& job, Form form, Plan& plan, size_t& bytes) {
+  if (form != Form::kIntegers && form != Form::kTiles) return plan.input_of.push_back(kNone);
+  // Jobs with the same input follow one another.
+  for (size_t i = plan.inputs.size(); i-- > 0 && plan.inputs.size() - i <= 2;) {
+    const Input& known = plan.inputs[i];
+    if (known.x == job.x && known.x_stride == job.x_stride && known.tokens == job.tokens &&
+        known.cols == job.w.cols && known.form == form) {
+      return plan.input_of.push_back(i);
+    }
+  }
+  const int64_t tasks = form == Form::kTiles ? (job.tokens + 15) / 16 : job.tokens;
+  plan.input_of.push_back(plan.inputs.size());
+  plan.inputs.push_back({job.x, job.x_stride, job.tokens, job.w.cols, form, bytes, tasks});
+  bytes += input_bytes(form, job.tokens, job.w.cols);
+}
+
+void prepare(const Input& in, int64_t task, std::byte* buffer) {
+#if defined(__x86_64__)
+  if (in.form == Form::kTiles) {
+    return amx::split_activations(in.x, in.x_stride, in.tokens, in.cols, task, buffer + in.offset);
+  }
+#endif
+  const int64_t blocks = in.cols / 32;
+  auto* to = reinterpret_cast<ActivationBlock*>(buffer + in.offset) + task * blocks;
+  KILIN_DISPATCH(quantize_activations)(in.x + task * in.x_stride, in.cols, to);
+}
+
+void prepare_inputs(const Plan& plan, std::byte* buffer, ThreadPool& pool) {
+  int64_t values = 0;
+  int64_t tasks = 0;
+  for (const Input& in : plan.inputs) {
+    values += in.tokens * in.cols;
+    tasks += in.tasks;
+  }
+  if (values <= kSerialValues) {
+    for (const Input& in : plan.inputs) {
+      for (int64_t i = 0; i < in.tasks; ++i) prepare(in, i, buffer);
+    }
+    return;
+  }
+  std::vector<std::pair<const Input*, int64_t>> list;
+  list.reserve(static_cast<size_t>(tasks));
+  for (const Input& in : plan.inputs) {
+    for (int64_t i = 0; i < in.tasks; ++i) list.emplace_back(&in, i);
+  }
+  pool.parallel_for(tasks, [&](int64_t i, int) {
+    const auto& [in, task] = list[static_cast<size_t>(i)];
+    prepare(*in, task, buffer);
+  });
+}
+
+int64_t panels_of_piece(const MatmulJob& job, Form form, int64_t panels, int threads) {
+  if (form == Form::kTiles) return kTilePanels;
+  if (form == Form::kGemmFloats) return KILIN_DISPATCH(gemm_panels)();
+  const int64_t share = (panels + threads - 1) / threads;
+  return std::clamp<int64_t>(kPieceBytes / packed::panel_bytes(job.w.dtype, job.w.cols), 1,
+                             std::max<int64_t>(1, share));
+}
+
+void add_pieces(const MatmulJob& job, const Input* input, Form form, int threads, std::vector<Piece>& list) {
+  if (job.tokens == 0 || job.w.rows == 0) return;
+  const int64_t panels = (job.w.rows + kPanelRows - 1) / kPanelRows;
+  const int64_t step = panels_of_piece(job, form, panels, threads);
+  int64_t block = job.tokens;
+#if defined(__x86_64__)
+  if (form == Form::kTiles) block = amx::kBlockTokens;
+#endif
+  for (int64_t t = 0; t < job.tokens; t += block) {
+    for (int64_t p = 0; p < panels; p += step) {
+      list.push_back(
+          {&job, input, form, {p, std::min(panels, p + step)}, t, std::min(job.tokens, t + block)});
+    }
+  }
+}
+
+void run_piece(const Piece& piece, const std::byte* buffer) {
+  const std::byte* prepared = piece.input == nullptr ? nullptr : buffer + piece.input->offset;
+  switch (piece.form) {
+    case Form::kDotFloats:
+      return KILIN_DISPATCH(dot_floats)(*piece.job, piece.panels);
+    case Form::kGemmFloats: {
+      const auto floats = static_cast<size_t>(KILIN_DISPATCH(gemm_scratch_floats)());
+      auto* scratch = reinterpret_cast<float*>(worker_scratch.get(floats * sizeof(float)));
+      return KILIN_DISPATCH(gemm_floats)(*piece.job, piece.panels, scratch);
+    }
+    case Form::kIntegers:
+      return KILIN_DISPATCH(dot_integers)(*piece.job, piece.panels,
+                                          reinterpret_cast<const ActivationBlock*>(prepared));
+    case Form::kTiles:
+#if defined(__x86_64__)
+      return amx::matmul_tiles(*piece.job, piece.panels, piece.first, piece.last, prepared,
+                               worker_scratch.get(static_cast<size_t>(amx::scratch_bytes())));
+#else
+      return;
+#endif
   }
 }
 
 }  // namespace
 
 void matmul(std::span<const MatmulJob> jobs, ThreadPool& pool) {
-  // Resolved once: active_isa() is read here, not in the workers.
-  const auto rows = KILIN_DISPATCH(matmul_rows);
-  const auto panel = KILIN_DISPATCH(matmul_panel);
-  const int64_t panel_rows = KILIN_DISPATCH(matmul_panel_rows)();
-  const auto pack_floats = static_cast<size_t>(KILIN_DISPATCH(matmul_pack_floats)());
-  std::vector<Piece> list = std::move(pieces);
-  list.clear();
-  for (const MatmulJob& job : jobs) add_pieces(job, panel_rows, static_cast<size_t>(pool.size()), list);
-  pool.parallel_for(static_cast<int64_t>(list.size()), [&](int64_t i, int) {
-    const Piece& piece = list[static_cast<size_t>(i)];
-    if (piece.dot) {
-      rows(*piece.job, piece.row_begin, piece.row_end);
-    } else {
-      if (pack_buffer.size() < pack_floats) pack_buffer.resize(pack_floats);
-      panel(*piece.job, piece.row_begin, piece.row_end, pack_buffer.data());
-    }
-  });
-  pieces = std::move(list);
-}
-
-void widen_row(const WeightMatrix& w, int64_t row, float* out) {
-  KILIN_ASSERT(row >= 0 && row < w.rows);
-  KILIN_DISPATCH(widen)(w, row, out);
+  const bool amx = active_isa() == Isa::kAmx;
+  Plan plan = std::move(plan_of_thread);
+  plan.inputs.clear();
+  plan.input_of.clear();
+  plan.pieces.clear();
+  size_t bytes = 0;
+  for (const MatmulJob& job : jobs) add_input(job, form_of(job, amx), plan, bytes);
+  std::byte* buffer = plan.buffer.get(bytes);
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    const Input* input = plan.input_of[i] == kNone ? nullptr : &plan.inputs[plan.input_of[i]];
+    add_pieces(jobs[i], input, form_of(jobs[i], amx), pool.size(), plan.pieces);
+  }
+  prepare_inputs(plan, buffer, pool);
+  pool.parallel_for(static_cast<int64_t>(plan.pieces.size()),
+                    [&](int64_t i, int) { run_piece(plan.pieces[static_cast<size_t>(i)], buffer); });
+  plan_of_thread = std::move(plan);
 }
 
 }  // namespace kilin

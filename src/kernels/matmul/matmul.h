@@ -1,7 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products with stored weights: y[t][r] = sum_c x[t][c] w[r][c], x and y float32, w float32, float16
-// or bfloat16 read where it lies (a mapped file), accumulation in float32.
+// Matrix products with packed weights: y[t][r] = sum_c x[t][c] w[r][c], x and y float32.
+//
+// Weights are packed once at load (pack_weights) into panels of 16 rows whose elements lie in the order the
+// kernels read them; the packed form takes the bytes of the stored one (rows rounded up to 16, columns to
+// 32). Accuracy does not depend on the weight type: activations are used in float32, as two bfloat16 terms
+// (AMX) or as 16-bit integers with a scale per 32 (integer weights), all within 2^-16 of the largest of 32
+// neighbours.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
@@ -10,15 +16,26 @@
 
 namespace kilin {
 
-// Row-major [rows][cols] as torch's Linear stores it (rows = outputs). `data` need not be aligned.
+// A packed matrix, rows = outputs. The memory belongs to somebody else.
 struct WeightMatrix {
-  const void* data = nullptr;
-  Dtype dtype = Dtype::kF32;  // kF32, kF16 or kBF16
+  const void* data = nullptr;  // what pack_weights() wrote, 64-byte aligned
+  Dtype dtype = Dtype::kF32;   // kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_K or kQ6_K
   int64_t rows = 0;
-  int64_t cols = 0;
-
-  size_t bytes() const { return static_cast<size_t>(rows) * static_cast<size_t>(cols) * dtype_size(dtype); }
+  int64_t cols = 0;  // a multiple of dtype_block(dtype)
 };
+
+inline constexpr int64_t kPanelRows = 16;
+inline constexpr size_t kPackAlignment = 64;
+
+// Bytes that pack_weights writes.
+size_t packed_bytes(Dtype dtype, int64_t rows, int64_t cols);
+// Packs rows [row_begin, row_end) of a stored row-major matrix [rows][cols] (torch's Linear, ggml's blocks
+// along a row; need not be aligned) to their place in `packed`. row_begin is a multiple of kPanelRows,
+// row_end too or the last row: pieces may be packed by different threads.
+void pack_weights(Dtype dtype, const void* stored, int64_t rows, int64_t cols, int64_t row_begin,
+                  int64_t row_end, void* packed);
+// row[0..w.cols) = the given row of a packed matrix as float32
+void unpack_row(const WeightMatrix& w, int64_t row, float* out);
 
 struct MatmulJob {
   int64_t tokens = 0;
@@ -29,15 +46,9 @@ struct MatmulJob {
   int64_t y_stride = 0;
 };
 
-// All jobs in one parallel region (projections of the same input, experts with their own tokens). Sums run
-// over c in an order that depends on `tokens` being above kMatmulDotTokens, but not on the number of threads.
+// All jobs in one parallel region (projections of the same input, experts with their own tokens, heads). Sums
+// run over c in an order that depends on the instruction set and on the number of tokens, but not on the
+// number of threads. x must be finite: a quantised product with a NaN or infinity in x gives any value.
 void matmul(std::span<const MatmulJob> jobs, ThreadPool& pool);
-
-// Up to this many tokens each weight row is read once as dot products (memory bound); above, panels of
-// weights are widened and packed for a register-blocked product (compute bound).
-inline constexpr int64_t kMatmulDotTokens = 16;
-
-// row[0..w.cols) = the given row of w as float32
-void widen_row(const WeightMatrix& w, int64_t row, float* out);
 
 }  // namespace kilin

@@ -1,13 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
-// The per-ISA pieces of matmul.cc.
+// The per-ISA pieces of matmul.cc. Rows are those of packed panels; y points at the job's first row.
 #pragma once
 #include "kernels/cpu/dispatch.h"
 #include "kernels/matmul/matmul.h"
 
-// matmul_rows: y for weight rows [row_begin, row_end) of one job by dot products (job.tokens <=
-// kMatmulDotTokens). matmul_panel: y for rows [row_begin, row_end), at most panel_rows() of them, by packing;
-// `pack` holds pack_floats() floats.
-KILIN_DECLARE_ISA(void matmul_rows(const MatmulJob& job, int64_t row_begin, int64_t row_end);
-                  void matmul_panel(const MatmulJob& job, int64_t row_begin, int64_t row_end, float* pack);
-                  int64_t matmul_panel_rows(); int64_t matmul_pack_floats();
-                  void widen(const WeightMatrix& w, int64_t row, float* out);)
+namespace kilin {
+
+// 32 activations as integers: x_i = scale v_i, |v_i| <= 32,512, within scale / 2. With VNNI the bytes are the
+// 32 low parts and the 32 high parts (v = 256 high + low, both signed); elsewhere 32 int16, in every group of
+// four in the order 0 2 1 3. sums: of v over the first and the second half, for weights with an offset.
+struct ActivationBlock {
+  int8_t bytes[64];
+  float scale;
+  int32_t sums[2];
+};
+
+// Panels [begin, end) of w.
+struct PanelRange {
+  int64_t begin, end;
+};
+
+}  // namespace kilin
+
+// quantize_activations: cols (a multiple of 32) floats to cols / 32 blocks.
+// dot_integers: y for a range of panels of quantised weights; x [tokens][cols / 32].
+// dot_floats: the same for F32, F16 and BF16 weights, each weight widened once per few tokens; x as in the
+// job. gemm_floats: the same for many tokens: panels are widened to float32 in `scratch`
+// (gemm_scratch_floats()), then multiplied by register tiles.
+KILIN_DECLARE_ISA(void quantize_activations(const float* x, int64_t cols, ActivationBlock* blocks);
+                  void dot_integers(const MatmulJob& job, PanelRange panels, const ActivationBlock* x);
+                  void dot_floats(const MatmulJob& job, PanelRange panels);
+                  void gemm_floats(const MatmulJob& job, PanelRange panels, float* scratch);
+                  int64_t gemm_panels(); int64_t gemm_scratch_floats();)

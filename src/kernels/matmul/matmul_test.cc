@@ -5,11 +5,13 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "base/cpu.h"
 #include "base/float16.h"
 #include "base/random.h"
+#include "quant/formats.h"
 
 namespace kilin {
 namespace {
@@ -19,36 +21,60 @@ struct Case {
   Dtype dtype;
 };
 
-// Weights at an odd address, as in a mapped file.
+// Scales of a size that keeps values near 1; everything else random.
+void set_scales(Dtype dtype, std::byte* block, Random& random) {
+  const auto put = [&](size_t at, double value) {
+    const Float16 h = to_float16(static_cast<float>(value * (0.5 + random.uniform())));
+    std::memcpy(block + at, &h, 2);
+  };
+  if (dtype == Dtype::kQ8_0) put(0, 0.01);
+  if (dtype == Dtype::kQ4_0) put(0, 0.2);
+  if (dtype == Dtype::kQ4_K) {
+    put(0, 0.004);
+    put(2, 0.03);
+  }
+  if (dtype == Dtype::kQ6_K) put(208, 0.0005);
+}
+
+// Stored at an odd address, as in a mapped file, then packed.
 class StoredMatrix {
  public:
   StoredMatrix(Dtype dtype, int64_t rows, int64_t cols, Random& random)
-      : values_(static_cast<size_t>(rows * cols)) {
-    bytes_.resize(values_.size() * dtype_size(dtype) + 1);
-    for (size_t i = 0; i < values_.size(); ++i) {
-      float v = static_cast<float>(random.normal());
-      char* at = bytes_.data() + 1 + i * dtype_size(dtype);
-      if (dtype == Dtype::kF32) std::memcpy(at, &v, 4);
-      if (dtype == Dtype::kBF16) {
-        const BFloat16 b = to_bfloat16(v);
-        v = to_float(b);
-        std::memcpy(at, &b, 2);
-      }
+      : values_(static_cast<size_t>(rows * cols)), bytes_(dtype_bytes(dtype, rows * cols) + 1) {
+    std::byte* const stored = bytes_.data() + 1;
+    if (is_quantized(dtype)) {
+      for (size_t i = 1; i < bytes_.size(); ++i) bytes_[i] = static_cast<std::byte>(random.below(256));
+      const size_t size = dtype_traits(dtype).block_bytes;
+      for (size_t at = 0; at < dtype_bytes(dtype, rows * cols); at += size)
+        set_scales(dtype, stored + at, random);
+    } else {
+      for (float& v : values_) v = static_cast<float>(random.normal());
+      quant::quantize(dtype == Dtype::kF16 ? Dtype::kBF16 : dtype, values_.data(), rows * cols, stored);
       if (dtype == Dtype::kF16) {
-        const Float16 h = to_float16(v);
-        v = to_float(h);
-        std::memcpy(at, &h, 2);
+        for (size_t i = 0; i < values_.size(); ++i) {
+          const Float16 h = to_float16(values_[i]);
+          std::memcpy(stored + 2 * i, &h, 2);
+        }
       }
-      values_[i] = v;
     }
-    matrix = {bytes_.data() + 1, dtype, rows, cols};
+    quant::dequantize(dtype, stored, rows * cols, values_.data());
+    const size_t size = packed_bytes(dtype, rows, cols);
+    packed_.reset(static_cast<std::byte*>(::operator new (size, std::align_val_t{kPackAlignment})));
+    const int64_t half = rows / 2 / kPanelRows * kPanelRows;
+    pack_weights(dtype, stored, rows, cols, half, rows, packed_.get());
+    pack_weights(dtype, stored, rows, cols, 0, half, packed_.get());
+    matrix = {packed_.get(), dtype, rows, cols};
   }
-  double at(int64_t r, int64_t c) const { return values_[static_cast<size_t>(r * matrix.cols + c)]; }
+  float at(int64_t r, int64_t c) const { return values_[static_cast<size_t>(r * matrix.cols + c)]; }
   WeightMatrix matrix;
 
  private:
+  struct Free {
+    void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{kPackAlignment}); }
+  };
   std::vector<float> values_;
-  std::vector<char> bytes_;
+  std::vector<std::byte> bytes_;
+  std::unique_ptr<std::byte, Free> packed_;
 };
 
 class Matmul : public ::testing::TestWithParam<Case> {
@@ -56,62 +82,83 @@ class Matmul : public ::testing::TestWithParam<Case> {
   void SetUp() override { set_isa(GetParam().isa); }
   void TearDown() override { set_isa(supported_isas().back()); }
 
-  // |error| <= (depth + 2) eps sum |x w|: the bound of any order of summation in float32
+  // Columns that the type can have, near `cols`.
+  static int64_t fit(int64_t cols) {
+    const int64_t block = dtype_block(GetParam().dtype);
+    return (cols + block - 1) / block * block;
+  }
+
+  // Of one product x w, relative to |x|_max |w| where |x|_max is over a block of 32: float weights as they
+  // are or two bfloat16 terms of either factor (2^-16 each, and the term that is left out), quantised ones
+  // 16-bit activations.
+  double product_error() const {
+    const bool split = GetParam().isa == Isa::kAmx && GetParam().dtype != Dtype::kF32;
+    return split ? 3 * 0x1p-16 : is_quantized(GetParam().dtype) ? 0.5 / 32512 + 0x1p-23 : 0x1p-24;
+  }
+
   void expect_product(int64_t tokens, int64_t rows, int64_t cols, int threads) {
+    cols = fit(cols);
     Random random(static_cast<uint64_t>(tokens * 7919 + rows * 31 + cols));
     const StoredMatrix w(GetParam().dtype, rows, cols, random);
     const int64_t x_stride = cols + 3;
     const int64_t y_stride = rows + 5;
-    std::vector<float> x(static_cast<size_t>(tokens * x_stride + 1)),
-        y(static_cast<size_t>(tokens * y_stride + 1), 7.0f);
+    std::vector<float> x(static_cast<size_t>(tokens * x_stride + 1));
+    std::vector<float> y(static_cast<size_t>(tokens * y_stride + 1), 7.0f);
     for (float& v : x) v = static_cast<float>(random.normal());
     ThreadPool pool(threads);
     const MatmulJob job{tokens, x.data(), x_stride, w.matrix, y.data(), y_stride};
     matmul(std::span(&job, 1), pool);
     for (int64_t t = 0; t < tokens; ++t) {
+      const float* row = x.data() + t * x_stride;
       for (int64_t r = 0; r < rows; ++r) {
-        double sum = 0, magnitude = 0;
+        double sum = 0, bound = 0, magnitude = 0;
         for (int64_t c = 0; c < cols; ++c) {
-          const double product = w.at(r, c) * x[static_cast<size_t>(t * x_stride + c)];
-          sum += product;
-          magnitude += std::abs(product);
+          double most = std::abs(row[c]);
+          for (int64_t i = c / 32 * 32; i < std::min(cols, c / 32 * 32 + 32); ++i)
+            most = std::max<double>(most, std::abs(row[i]));
+          sum += static_cast<double>(w.at(r, c)) * row[c];
+          bound += product_error() * most * std::abs(w.at(r, c));
+          magnitude += std::abs(w.at(r, c) * row[c]);
         }
+        // Q4_K's two parts are summed apart and are larger than their difference.
+        const double parts = GetParam().dtype == Dtype::kQ4_K ? 8 : 1;
         ASSERT_NEAR(y[static_cast<size_t>(t * y_stride + r)], sum,
-                    (static_cast<double>(cols) + 2) * 0x1p-24 * magnitude)
-            << "tokens " << tokens << " rows " << rows << " cols " << cols << " at " << t << ", " << r;
+                    parts * (bound + (static_cast<double>(cols) + 2) * 0x1p-24 * magnitude))
+            << tokens << " tokens, " << rows << " x " << cols << ", token " << t << " row " << r;
       }
-      for (int64_t r = rows; r < y_stride; ++r)
-        ASSERT_EQ(y[static_cast<size_t>(t * y_stride + r)], 7.0f) << "gap written";
+      for (int64_t r = rows; r < y_stride; ++r) ASSERT_EQ(y[static_cast<size_t>(t * y_stride + r)], 7.0f);
     }
   }
 };
 
-TEST_P(Matmul, agrees_with_double_within_the_bound_of_its_length_on_odd_sizes) {
-  for (int64_t tokens : {0, 1, 2, 3, 4, 5, 15, 16, 17, 25, 64}) {
-    for (int64_t rows : {1, 3, 4, 31, 33, 70}) {
-      for (int64_t cols : {1, 15, 16, 64, 77}) expect_product(tokens, rows, cols, 2);
-    }
+TEST_P(Matmul, AgreesWithSumsInDoubleOnOddSizes) {
+  for (int64_t tokens : {0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 64, 65}) expect_product(tokens, 37, 51, 2);
+  for (int64_t rows : {1, 2, 15, 16, 17, 31, 32, 33, 63, 65, 129}) {
+    expect_product(1, rows, 67, 3);
+    expect_product(7, rows, 67, 3);
+    expect_product(40, rows, 67, 3);
   }
+  for (int64_t cols : {1, 2, 3, 15, 16, 31, 33, 64, 65, 255, 513, 520, 1025, 1300}) {
+    expect_product(1, 35, cols, 2);
+    expect_product(4, 35, cols, 2);
+    expect_product(40, 35, cols, 2);
+  }
+  expect_product(300, 70, 300, 2);
 }
 
-TEST_P(Matmul, agrees_over_several_depth_blocks) {
-  expect_product(1, 40, 1100, 2);
-  expect_product(20, 40, 1100, 2);
-}
-
-TEST_P(Matmul, gives_the_same_bits_for_any_number_of_threads_and_jobs) {
+TEST_P(Matmul, BitsDoNotDependOnThreads) {
   Random random(5);
-  const StoredMatrix a(GetParam().dtype, 65, 130, random), b(GetParam().dtype, 9, 130, random);
-  for (int64_t tokens : {1, 7, 40}) {
-    std::vector<float> x(static_cast<size_t>(tokens * 130));
+  const int64_t rows = 203, cols = fit(190);
+  const StoredMatrix w(GetParam().dtype, rows, cols, random);
+  for (int64_t tokens : {1, 9, 70, 300}) {
+    std::vector<float> x(static_cast<size_t>(tokens * cols));
     for (float& v : x) v = static_cast<float>(random.normal());
     std::vector<std::vector<float>> results;
     for (int threads : {1, 2, 5}) {
       ThreadPool pool(threads);
-      std::vector<float> y(static_cast<size_t>(tokens * (65 + 9)));
-      const MatmulJob jobs[] = {{tokens, x.data(), 130, a.matrix, y.data(), 65},
-                                {tokens, x.data(), 130, b.matrix, y.data() + tokens * 65, 9}};
-      matmul(jobs, pool);
+      std::vector<float> y(static_cast<size_t>(tokens * rows));
+      const MatmulJob job{tokens, x.data(), cols, w.matrix, y.data(), rows};
+      matmul(std::span(&job, 1), pool);
       results.push_back(y);
     }
     EXPECT_EQ(results[0], results[1]);
@@ -119,46 +166,88 @@ TEST_P(Matmul, gives_the_same_bits_for_any_number_of_threads_and_jobs) {
   }
 }
 
-TEST_P(Matmul, widens_every_value_exactly) {
-  Random random(3);
-  const StoredMatrix w(GetParam().dtype, 2, 37, random);
-  std::vector<float> row(37);
-  widen_row(w.matrix, 1, row.data());
-  for (int64_t c = 0; c < 37; ++c) EXPECT_EQ(row[static_cast<size_t>(c)], static_cast<float>(w.at(1, c)));
+TEST_P(Matmul, ManyJobsAtOnceEqualJobsAlone) {
+  Random random(6);
+  ThreadPool pool(2);
+  std::vector<std::unique_ptr<StoredMatrix>> weights;
+  std::vector<std::vector<float>> x, together, alone;
+  std::vector<MatmulJob> jobs;
+  const std::vector<int64_t> tokens{0, 1, 40, 3, 17, 100};
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const int64_t rows = 20 + 13 * static_cast<int64_t>(i);
+    weights.push_back(std::make_unique<StoredMatrix>(GetParam().dtype, rows, fit(96), random));
+    if (i != 4) x.emplace_back(static_cast<size_t>(100 * fit(96)));  // job 4 takes the x of job 3
+    for (float& v : x.back()) v = static_cast<float>(random.normal());
+    together.emplace_back(static_cast<size_t>(tokens[i] * rows));
+    alone.emplace_back(together.back().size());
+  }
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const size_t in = i < 4 ? i : i - 1;
+    jobs.push_back(
+        {tokens[i], x[in].data(), fit(96), weights[i]->matrix, together[i].data(), weights[i]->matrix.rows});
+  }
+  matmul(jobs, pool);
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    MatmulJob job = jobs[i];
+    job.y = alone[i].data();
+    matmul(std::span(&job, 1), pool);
+    EXPECT_EQ(together[i], alone[i]) << i;
+  }
+}
+
+TEST_P(Matmul, RowsComeBackFromThePackedForm) {
+  Random random(7);
+  const StoredMatrix w(GetParam().dtype, 21, fit(77), random);
+  std::vector<float> row(static_cast<size_t>(w.matrix.cols));
+  for (int64_t r = 0; r < w.matrix.rows; ++r) {
+    unpack_row(w.matrix, r, row.data());
+    for (int64_t c = 0; c < w.matrix.cols; ++c)
+      ASSERT_EQ(row[static_cast<size_t>(c)], w.at(r, c)) << r << " " << c;
+  }
+}
+
+TEST_P(Matmul, ZeroAndTinyActivationsGiveFiniteSums) {
+  Random random(8);
+  const StoredMatrix w(GetParam().dtype, 33, fit(64), random);
+  ThreadPool pool(1);
+  for (float value : {0.0f, 1e-40f, 1e-30f, 1e30f}) {
+    std::vector<float> x(static_cast<size_t>(w.matrix.cols), value), y(33);
+    const MatmulJob job{1, x.data(), w.matrix.cols, w.matrix, y.data(), 33};
+    matmul(std::span(&job, 1), pool);
+    for (int64_t r = 0; r < 33; ++r) {
+      double sum = 0, magnitude = 0;
+      for (int64_t c = 0; c < w.matrix.cols; ++c) {
+        sum += static_cast<double>(w.at(r, c)) * value;
+        magnitude += std::abs(static_cast<double>(w.at(r, c)) * value);
+      }
+      EXPECT_NEAR(y[static_cast<size_t>(r)], sum, 1e-3 * magnitude + 1e-37);
+    }
+  }
+}
+
+TEST_P(Matmul, SizesArePackedSizes) {
+  const Dtype dtype = GetParam().dtype;
+  // Whole panels take the bytes of the stored form, but for 8 bytes per 256 columns of Q4_K (its scales are
+  // unpacked to bytes) and the padding of scales to 64 bytes.
+  const double ratio = static_cast<double>(packed_bytes(dtype, 1024, 1024)) /
+                       static_cast<double>(dtype_bytes(dtype, 1024 * 1024));
+  EXPECT_GE(ratio, 1.0);
+  EXPECT_LE(ratio, dtype == Dtype::kQ4_K ? 1.03 : 1.0);
 }
 
 std::vector<Case> cases() {
-  std::vector<Case> all;
+  std::vector<Case> list;
   for (Isa isa : supported_isas()) {
-    for (Dtype dtype : {Dtype::kF32, Dtype::kF16, Dtype::kBF16}) all.push_back({isa, dtype});
+    for (Dtype dtype :
+         {Dtype::kF32, Dtype::kF16, Dtype::kBF16, Dtype::kQ8_0, Dtype::kQ4_0, Dtype::kQ4_K, Dtype::kQ6_K})
+      list.push_back({isa, dtype});
   }
-  return all;
+  return list;
 }
 
-INSTANTIATE_TEST_SUITE_P(IsaDtype, Matmul, ::testing::ValuesIn(cases()), [](const auto& test) {
-  return std::string(isa_name(test.param.isa)) + "_" + std::string(dtype_name(test.param.dtype));
+INSTANTIATE_TEST_SUITE_P(AllIsas, Matmul, ::testing::ValuesIn(cases()), [](const auto& info) {
+  return std::string(isa_name(info.param.isa)) + "_" + std::string(dtype_name(info.param.dtype));
 });
-
-TEST(Float16Weights, every_half_value_is_widened_exactly_by_vectors) {
-  std::vector<uint16_t> bits;
-  for (uint32_t b = 0; b < 65536; ++b) {
-    if ((b & 0x7c00u) != 0x7c00u) bits.push_back(static_cast<uint16_t>(b));  // finite ones
-  }
-  const auto n = static_cast<int64_t>(bits.size());
-  ThreadPool pool(1);
-  for (Isa isa : supported_isas()) {
-    set_isa(isa);
-    // A product with one 1 picks a value through the vector path: 64 columns, one row per value.
-    std::vector<uint16_t> matrix(bits.size() * 64, 0);
-    for (size_t i = 0; i < bits.size(); ++i) matrix[i * 64 + i % 64] = bits[i];
-    std::vector<float> ones(64, 1.0f), y(bits.size());
-    const MatmulJob job{1, ones.data(), 64, {matrix.data(), Dtype::kF16, n, 64}, y.data(), n};
-    matmul(std::span(&job, 1), pool);
-    for (size_t i = 0; i < bits.size(); ++i)
-      ASSERT_EQ(y[i], to_float(Float16{bits[i]})) << "bits " << bits[i];
-  }
-  set_isa(supported_isas().back());
-}
 
 }  // namespace
 }  // namespace kilin

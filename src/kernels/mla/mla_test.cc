@@ -19,14 +19,6 @@
 namespace kilin {
 namespace {
 
-// BEGIN until packed weights are merged
-constexpr size_t kPackAlignment = 64;
-size_t packed_bytes(Dtype, int64_t rows, int64_t cols) { return static_cast<size_t>(rows * cols) * 4; }
-void pack_weights(Dtype, const void* stored, int64_t rows, int64_t cols, int64_t, int64_t, void* packed) {
-  std::copy_n(static_cast<const float*>(stored), rows * cols, static_cast<float*>(packed));
-}
-// END until packed weights are merged
-
 struct Shape {
   int64_t heads, nope, rope, value, latent;
 };

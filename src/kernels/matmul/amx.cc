@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled with AVX-512 and AMX (cmake/isa.cmake); runs only where base/cpu.h found both.
+#include "kernels/matmul/amx.h"
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels/cpu/vec.h"
+#include "kernels/matmul/layout.h"
+
+namespace kilin::amx {
+namespace {
+
+using namespace avx512;  // NOLINT: the SIMD vocabulary, compiled for this file's instruction set
+
+constexpr int64_t kTileBytes = 1024;
+// Columns that are widened and multiplied at once: the terms of 2 panels are 32 KB and stay in L1 while the
+// tokens pass by.
+constexpr int64_t kDepth = 256;
+constexpr int64_t kDepthChunks = kDepth / kTileColumns;
+constexpr int64_t kPanels = 2;
+
+struct TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// bfloat16 terms of 16 rows x 2 columns: x = high + low, both rounded to nearest (ties away from zero)
+struct Terms {
+  VecUint high, low;
+};
+
+KILIN_INLINE VecUint rounded(Vec x) { return (reinterpret_cast<VecUint>(x) + 0x8000u); }
+
+KILIN_INLINE Terms split(Vec first, Vec second) {
+  const VecUint a = rounded(first) & 0xffff0000u;
+  const VecUint b = rounded(second) & 0xffff0000u;
+  const Vec a_rest = first - reinterpret_cast<Vec>(a);
+  const Vec b_rest = second - reinterpret_cast<Vec>(b);
+  return {a >> 16 | b, rounded(a_rest) >> 16 | (rounded(b_rest) & 0xffff0000u)};
+}
+
+KILIN_INLINE void store_terms(const Terms& t, std::byte* high, std::byte* low) {
+  std::memcpy(high, &t.high, 64);
+  std::memcpy(low, &t.low, 64);
+}
+
+KILIN_INLINE VecUint load_unit(const std::byte* p) {
+  VecUint v;
+  std::memcpy(&v, p, 64);
+  return v;
+}
+
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+typedef int8_t SignedBytes16 __attribute__((vector_size(16)));
+template <class Bytes>
+KILIN_INLINE Vec load_bytes(const std::byte* p) {
+  Bytes b;
+  std::memcpy(&b, p, 16);
+  return __builtin_convertvector(__builtin_convertvector(b, VecInt), Vec);
+}
+
+// Four integers of each row (a byte each, minus `offset`) times `scale`, minus `least`: two pairs of terms
+KILIN_INLINE void widen_group(VecUint w, float offset, Vec scale, Vec least, std::byte* high,
+                              std::byte* low) {
+  Vec x[4];
+  for (int i = 0; i < 4; ++i) {
+    const auto n = reinterpret_cast<VecInt>((w >> (8 * i)) & 255u);
+    x[i] = (__builtin_convertvector(n, Vec) - splat(offset)) * scale - least;
+  }
+  store_terms(split(x[0], x[1]), high, low);
+  store_terms(split(x[2], x[3]), high + 64, low + 64);
+}
+
+// The terms of `chunks` x 32 columns from chunk `first` on: high and low tiles [chunk][16 pairs][16 rows][2].
+void widen_q8_0(const std::byte* panel, int64_t cols, int64_t first, int64_t chunks, std::byte* high,
+                std::byte* low) {
+  const std::byte* units = panel + packed::header_bytes(Dtype::kQ8_0, cols);
+  for (int64_t b = 0; b < chunks; ++b) {
+    const Vec d = load_f16(panel + (first + b) * 32);
+    for (int u = 0; u < 8; ++u) {
+      const int64_t at = b * kTileBytes + u * 128;
+      widen_group(load_unit(units + ((first + b) * 8 + u) * 64), 128.0f, d, zero(), high + at, low + at);
+    }
+  }
+}
+
+void widen_q4_0(const std::byte* panel, int64_t cols, int64_t first, int64_t chunks, std::byte* high,
+                std::byte* low) {
+  const std::byte* units = panel + packed::header_bytes(Dtype::kQ4_0, cols);
+  for (int64_t b = 0; b < chunks; ++b) {
+    const Vec d = load_f16(panel + (first + b) * 32);
+    for (int u = 0; u < 4; ++u) {
+      const VecUint w = load_unit(units + ((first + b) * 4 + u) * 64);
+      const int64_t at = b * kTileBytes + u * 128;
+      widen_group(w & 0x0f0f0f0fu, 8.0f, d, zero(), high + at, low + at);
+      widen_group((w >> 4) & 0x0f0f0f0fu, 8.0f, d, zero(), high + at + 512, low + at + 512);
+    }
+  }
+}
+
+void widen_q4_k(const std::byte* panel, int64_t cols, int64_t first, int64_t chunks, std::byte* high,
+                std::byte* low) {
+  const std::byte* units = panel + packed::header_bytes(Dtype::kQ4_K, cols);
+  for (int64_t b = 0; b < chunks; ++b) {
+    const int64_t part = first + b;  // of 32 columns
+    const std::byte* block = panel + part / 8 * packed::kQ4KHeader;
+    const std::byte* scales = block + 64 + part % 8 * 32;
+    const Vec scale = load_f16(block) * load_bytes<Bytes16>(scales);
+    const Vec least = load_f16(block + 32) * load_bytes<Bytes16>(scales + 16);
+    for (int u = 0; u < 8; ++u) {
+      const VecUint w = load_unit(units + (part / 2 * 8 + u) * 64) >> (part % 2 * 4);
+      const int64_t at = b * kTileBytes + u * 128;
+      widen_group(w & 0x0f0f0f0fu, 0.0f, scale, least, high + at, low + at);
+    }
+  }
+}
+
+void widen_q6_k(const std::byte* panel, int64_t cols, int64_t first, int64_t chunks, std::byte* high,
+                std::byte* low) {
+  const std::byte* units = panel + packed::header_bytes(Dtype::kQ6_K, cols);
+  for (int64_t b = 0; b < chunks; ++b) {
+    const int64_t part = first + b;  // of 32 columns: quarter part % 4 of half part / 4
+    const auto quarter = static_cast<int>(part % 4);
+    const std::byte* block = panel + part / 8 * packed::kQ6KHeader;
+    const std::byte* at_units = units + part / 4 * 24 * 64;
+    const Vec d = load_f16(block);
+    for (int u = 0; u < 8; ++u) {
+      const VecUint low_bits = load_unit(at_units + (quarter % 2 * 8 + u) * 64) >> (quarter / 2 * 4);
+      const VecUint high_bits = load_unit(at_units + (16 + u) * 64) >> (2 * quarter);
+      const VecUint w = (low_bits & 0x0f0f0f0fu) | ((high_bits & 0x03030303u) << 4);
+      const std::byte* scale = block + 32 + (part % 8 * 2 + u / 4) * 16;
+      const int64_t at = b * kTileBytes + u * 128;
+      widen_group(w, 32.0f, d * load_bytes<SignedBytes16>(scale), zero(), high + at, low + at);
+    }
+  }
+}
+
+void widen_f16(const std::byte* panel, int64_t first, int64_t chunks, std::byte* high, std::byte* low) {
+  for (int64_t u = 0; u < chunks * 16; ++u) {
+    const VecUint pair = load_unit(panel + first * kTileBytes + u * 64);
+    const VecHalfBits even = __builtin_convertvector(pair, VecHalfBits);
+    const VecHalfBits odd = __builtin_convertvector(pair >> 16, VecHalfBits);
+    store_terms(split(load_f16(&even), load_f16(&odd)), high + u * 64, low + u * 64);
+  }
+}
+
+void widen(const WeightMatrix& w, const std::byte* panel, int64_t first, int64_t chunks, std::byte* high,
+           std::byte* low) {
+  switch (w.dtype) {
+    case Dtype::kQ8_0:
+      return widen_q8_0(panel, w.cols, first, chunks, high, low);
+    case Dtype::kQ4_0:
+      return widen_q4_0(panel, w.cols, first, chunks, high, low);
+    case Dtype::kQ4_K:
+      return widen_q4_k(panel, w.cols, first, chunks, high, low);
+    case Dtype::kQ6_K:
+      return widen_q6_k(panel, w.cols, first, chunks, high, low);
+    default:
+      return widen_f16(panel, first, chunks, high, low);
+  }
+}
+
+// What multiplies one block of depth: 2 token tiles x 2 panels.
+struct Operands {
+  const std::byte* a[2];       // high term of the first chunk of each token tile; the low term 1,024 bytes on
+  const std::byte* b_high[2];  // of each panel
+  const std::byte* b_low[2];   // null for BF16
+  int64_t chunks;
+};
+
+// Tiles 0 to 3 hold C (token tile i, panel j in 2 i + j), 4 and 5 A, 6 and 7 B.
+KILIN_INLINE void multiply_add() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+template <bool kTwoTerms>
+KILIN_INLINE void multiply_block(const Operands& o) {
+  for (int64_t k = 0; k < o.chunks; ++k) {
+    const std::byte* a0 = o.a[0] + k * 2 * kTileBytes;
+    const std::byte* a1 = o.a[1] + k * 2 * kTileBytes;
+    _tile_loadd(4, a0, 64);
+    _tile_loadd(5, a1, 64);
+    if constexpr (kTwoTerms) {
+      _tile_loadd(6, o.b_low[0] + k * kTileBytes, 64);
+      _tile_loadd(7, o.b_low[1] + k * kTileBytes, 64);
+      multiply_add();
+    }
+    _tile_loadd(6, o.b_high[0] + k * kTileBytes, 64);
+    _tile_loadd(7, o.b_high[1] + k * kTileBytes, 64);
+    multiply_add();
+    _tile_loadd(4, a0 + kTileBytes, 64);
+    _tile_loadd(5, a1 + kTileBytes, 64);
+    multiply_add();
+  }
+}
+
+// C tiles from and to y; where y ends inside a tile, through `edge` ([32][32] floats).
+struct Target {
+  float* y;
+  int64_t stride;
+  int64_t tokens, rows;  // of this block of at most 32 x 32
+  float* edge;
+};
+
+void copy_edge(const Target& t, bool in) {
+  for (int64_t i = 0; i < t.tokens; ++i) {
+    float* const from = in ? t.y + i * t.stride : t.edge + i * 32;
+    float* const to = in ? t.edge + i * 32 : t.y + i * t.stride;
+    std::memcpy(to, from, static_cast<size_t>(t.rows) * sizeof(float));
+  }
+}
+
+template <bool kTwoTerms>
+void multiply(const Operands& o, const Target& t, bool accumulate) {
+  const bool whole = t.tokens == 32 && t.rows == 32;
+  float* c = whole ? t.y : t.edge;
+  const int64_t stride = whole ? t.stride : 32;
+  if (accumulate) {
+    if (!whole) copy_edge(t, true);
+    _tile_loadd(0, c, stride * 4);
+    _tile_loadd(1, c + 16, stride * 4);
+    _tile_loadd(2, c + 16 * stride, stride * 4);
+    _tile_loadd(3, c + 16 * stride + 16, stride * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  multiply_block<kTwoTerms>(o);
+  _tile_stored(0, c, stride * 4);
+  _tile_stored(1, c + 16, stride * 4);
+  _tile_stored(2, c + 16 * stride, stride * 4);
+  _tile_stored(3, c + 16 * stride + 16, stride * 4);
+  if (!whole) copy_edge(t, false);
+}
+
+constexpr int64_t kWideBytes = kPanels * 2 * kDepthChunks * kTileBytes;
+constexpr int64_t kEdgeBytes = 32 * 32 * 4;
+
+}  // namespace
+
+int64_t split_bytes(int64_t tokens, int64_t cols) {
+  return packed::round_up(tokens, kTileTokens) * packed::columns(cols) * 4;
+}
+
+void split_activations(const float* x, int64_t x_stride, int64_t tokens, int64_t cols, int64_t tile,
+                       std::byte* split_to) {
+  const int64_t chunks = packed::columns(cols) / kTileColumns;
+  std::byte* to = split_to + tile * chunks * 2 * kTileBytes;
+  for (int64_t k = 0; k < chunks; ++k, to += 2 * kTileBytes) {
+    for (int64_t i = 0; i < kTileTokens; ++i) {
+      const int64_t t = tile * kTileTokens + i;
+      Vec first = zero(), second = zero();
+      if (t < tokens) {
+        const float* row = x + t * x_stride + k * kTileColumns;
+        const int64_t left = cols - k * kTileColumns;
+        first = left >= 16 ? load(row) : load_part(row, static_cast<int>(left));
+        if (left >= 32) {
+          second = load(row + 16);
+        } else if (left > 16) {
+          second = load_part(row + 16, static_cast<int>(left - 16));
+        }
+      }
+      const VecUint a = rounded(first) & 0xffff0000u;
+      const VecUint b = rounded(second) & 0xffff0000u;
+      const VecUint a_rest = rounded(first - reinterpret_cast<Vec>(a));
+      const VecUint b_rest = rounded(second - reinterpret_cast<Vec>(b));
+      const VecHalfBits parts[4] = {__builtin_convertvector(a >> 16, VecHalfBits),
+                                    __builtin_convertvector(b >> 16, VecHalfBits),
+                                    __builtin_convertvector(a_rest >> 16, VecHalfBits),
+                                    __builtin_convertvector(b_rest >> 16, VecHalfBits)};
+      std::memcpy(to + i * 64, &parts[0], 64);
+      std::memcpy(to + kTileBytes + i * 64, &parts[2], 64);
+    }
+  }
+}
+
+void matmul_tiles(const MatmulJob& job, PanelRange panels, int64_t first, int64_t last,
+                  const std::byte* split_from, std::byte* scratch) {
+  alignas(64) const TileConfig config;
+  _tile_loadconfig(&config);
+  const WeightMatrix& w = job.w;
+  const bool two_terms = w.dtype != Dtype::kBF16;
+  const int64_t chunks = packed::columns(w.cols) / kTileColumns;
+  const int64_t panel_bytes = packed::panel_bytes(w.dtype, w.cols);
+  auto* edge = reinterpret_cast<float*>(scratch + kWideBytes);
+  for (int64_t i = panels.begin; i < panels.end; i += kPanels) {
+    const std::byte* panel = static_cast<const std::byte*>(w.data) + i * panel_bytes;
+    const int64_t second =
+        i + 1 < panels.end ? panel_bytes : 0;  // a lone panel is multiplied twice, stored once
+    const int64_t rows = second == 0 ? 16 : 32;
+    const int64_t left = w.rows - i * packed::kRows;
+    for (int64_t k = 0; k < chunks; k += kDepthChunks) {
+      Operands o;
+      o.chunks = chunks - k < kDepthChunks ? chunks - k : kDepthChunks;
+      for (int j = 0; j < 2; ++j) {
+        const std::byte* source = panel + j * second;
+        if (two_terms) {
+          std::byte* high = scratch + (second != 0 ? j : 0) * 2 * kDepthChunks * kTileBytes;
+          std::byte* low = high + kDepthChunks * kTileBytes;
+          if (j == 0 || second != 0) widen(w, source, k, o.chunks, high, low);
+          o.b_high[j] = high;
+          o.b_low[j] = low;
+        } else {
+          o.b_high[j] = source + k * kTileBytes;
+          o.b_low[j] = nullptr;
+        }
+      }
+      for (int64_t t = first; t < last; t += 2 * kTileTokens) {
+        const std::byte* a = split_from + (t / kTileTokens * chunks + k) * 2 * kTileBytes;
+        o.a[0] = a;
+        o.a[1] = t + kTileTokens < last ? a + chunks * 2 * kTileBytes : a;
+        const Target target{job.y + t * job.y_stride + i * packed::kRows, job.y_stride,
+                            last - t < 32 ? last - t : 32, left < rows ? left : rows, edge};
+        if (two_terms) {
+          multiply<true>(o, target, k > 0);
+        } else {
+          multiply<false>(o, target, k > 0);
+        }
+      }
+    }
+  }
+  _tile_release();
+}
+
+int64_t scratch_bytes() { return kWideBytes + kEdgeBytes; }
+
+}  // namespace kilin::amx

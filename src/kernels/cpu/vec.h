@@ -6,6 +6,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #ifndef KILIN_ISA
 #error "compile this through kilin_isa_sources()"
@@ -56,8 +59,28 @@ KILIN_INLINE Vec load_bf16(const void* p) {
   return reinterpret_cast<Vec>(__builtin_convertvector(h, VecUint) << 16);
 }
 
-// kLanes IEEE half values widened exactly (subnormals, infinities and NaN included): the half's exponent and
-// mantissa bits, read as a float, are 2^-112 times the value; one exact multiplication moves them back.
+// kLanes IEEE half values widened exactly (subnormals, infinities and NaN included), and kLanes floats rounded
+// to the nearest half, ties to even, beyond 65,519 to infinity. Without the instructions: the half's exponent
+// and mantissa bits, read as a float, are 2^-112 times the value, and one exact multiplication moves them
+// back; the other way round adding half an ulp of the half carries into the right bits.
+#if defined(__AVX512F__)
+KILIN_INLINE Vec load_f16(const void* p) {
+  // the forms with a mask: gcc 12 warns of an uninitialised value inside those without
+  return reinterpret_cast<Vec>(
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(p))));
+}
+KILIN_INLINE void store_f16(void* p, Vec v) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+KILIN_INLINE Vec load_f16(const void* p) {
+  return reinterpret_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+}
+KILIN_INLINE void store_f16(void* p, Vec v) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
 KILIN_INLINE Vec load_f16(const void* p) {
   VecHalfBits h;
   std::memcpy(&h, p, sizeof h);
@@ -66,6 +89,32 @@ KILIN_INLINE Vec load_f16(const void* p) {
   const VecUint scaled = reinterpret_cast<VecUint>(reinterpret_cast<Vec>(magnitude) * splat(0x1p112f));
   const VecUint special = static_cast<VecUint>(magnitude >= 0x0f800000u) & 0x7f800000u;
   return reinterpret_cast<Vec>(scaled | special | ((u & 0x8000u) << 16));
+}
+KILIN_INLINE void store_f16(void* p, Vec v) {
+  const VecUint u = reinterpret_cast<VecUint>(v);
+  const VecUint a = u & 0x7fffffffu;
+  const VecUint normal = (a + 0xfffu + ((a >> 13) & 1u) - (112u << 23)) >> 13;
+  // below 2^-14: adding 0.5 lets the addition round at bit 2^-24
+  const Vec shifted = reinterpret_cast<Vec>(a) + splat(0.5f);
+  const VecUint subnormal = reinterpret_cast<VecUint>(shifted) - 0x3f000000u;
+  VecUint h = a < 0x38800000u ? subnormal : normal;
+  h = a >= 0x477ff000u ? (VecUint{} + 0x7c00u) : h;
+  h = a > 0x7f800000u ? (VecUint{} + 0x7e00u) : h;
+  const VecHalfBits bits = __builtin_convertvector(h | ((u >> 16) & 0x8000u), VecHalfBits);
+  std::memcpy(p, &bits, sizeof bits);
+}
+#endif
+
+// n in [0, kLanes] halves, the rest of the lanes zero / left alone in memory
+KILIN_INLINE Vec load_f16_part(const void* p, int n) {
+  VecHalfBits h{};
+  std::memcpy(&h, p, static_cast<unsigned>(n) * 2u);
+  return load_f16(&h);
+}
+KILIN_INLINE void store_f16_part(void* p, Vec v, int n) {
+  VecHalfBits h;
+  store_f16(&h, v);
+  std::memcpy(p, &h, static_cast<unsigned>(n) * 2u);
 }
 
 KILIN_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
@@ -106,21 +155,23 @@ KILIN_INLINE void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
+// v with lanes i and i ^ width exchanged
+KILIN_INLINE Vec swap_lanes(Vec v, int width) {
+  VecInt index{};
+  for (int i = 0; i < kLanes; ++i) index[i] = i ^ width;
+  return shuffle2(v, v, index);
+}
+
 KILIN_INLINE float reduce_add(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+#pragma GCC unroll 4
+  for (int width = kLanes / 2; width > 0; width /= 2) v += swap_lanes(v, width);
+  return v[0];
 }
 
 KILIN_INLINE float reduce_max(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  float m = lanes[0];
-  for (int i = 1; i < kLanes; ++i) m = lanes[i] > m ? lanes[i] : m;
-  return m;
+#pragma GCC unroll 4
+  for (int width = kLanes / 2; width > 0; width /= 2) v = max(v, swap_lanes(v, width));
+  return v[0];
 }
 
 // e^x within 2 ulp for x in [-87.3, 88.7]; 0 below -87.3 (so that e^-inf = 0 and no subnormal arithmetic

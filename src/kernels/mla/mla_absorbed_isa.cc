@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+// The absorbed order: query rows [rows][width = latent + rope] against cache rows, block by block of
+// kMlaKeyBlock keys. Per key and row 2 latent + rope multiply-adds; with 8 rows that takes as long as reading
+// the key, so both products run in register tiles, and their steps ask for the lines of the block after this
+// one.
+#include "kernels/mla/mla_simd.h"
+
+namespace kilin::KILIN_ISA {
+namespace {
+
+// Scores: kScoreRows x kScoreKeys sums with the lanes along the width, added across lanes at the end. Contexts:
+// kContextRows rows x up to 3 vectors of latents, one key per step.
+inline constexpr int kScoreRows = 4;
+inline constexpr int kScoreKeys = kRegisters == 32 ? 4 : 2;
+inline constexpr int kContextRows = kRegisters == 32 ? 8 : 4;
+// Row tiles behind this row do not prefetch: the block's lines are spread over the work of the first ones.
+inline constexpr int64_t kPrefetchRows = 8;
+
+static_assert(kMlaRowTile % kScoreRows == 0 && kMlaRowTile % kContextRows == 0);
+static_assert(kScoreRows * kScoreKeys % kLanes == 0);
+
+// The lines of the next block of keys, asked for one by one.
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+};
+template <bool kPrefetch>
+KILIN_INLINE void ask(Ahead& ahead) {
+  if constexpr (kPrefetch) {
+    if (ahead.at < ahead.end) __builtin_prefetch(ahead.at, 0, 2);
+    ahead.at += 64;
+  }
+}
+
+// lane i of the result = the sum of the lanes of v[i]
+KILIN_INLINE Vec reduce_lanes(Vec* v) {
+#pragma GCC unroll 4
+  for (int n = kLanes / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) v[i] = interleave_low(v[i], v[i + n]) + interleave_high(v[i], v[i + n]);
+  }
+  return v[0];
+}
+
+// scores[r][k] = q[r] . key[k] over `width` floats, whole vectors
+template <bool kPrefetch>
+KILIN_INLINE void score_tile(int64_t width, const float* const (&q)[kScoreRows],
+                             const float* const (&key)[kScoreKeys], float* scores, Ahead& ahead) {
+  Vec acc[kScoreRows * kScoreKeys] = {};
+  for (int64_t c = 0; c < width; c += kLanes) {
+    Vec k[kScoreKeys];
+#pragma GCC unroll 4
+    for (int j = 0; j < kScoreKeys; ++j) k[j] = load(key[j] + c);
+#pragma GCC unroll 4
+    for (int r = 0; r < kScoreRows; ++r) {
+      const Vec query = load(q[r] + c);
+#pragma GCC unroll 4
+      for (int j = 0; j < kScoreKeys; ++j) acc[r * kScoreKeys + j] += query * k[j];
+    }
+    if (c % (2 * kLanes) == 0) ask<kPrefetch>(ahead);
+  }
+  float sums[kScoreRows * kScoreKeys];
+#pragma GCC unroll 2
+  for (int i = 0; i < kScoreRows * kScoreKeys; i += kLanes) store(sums + i, reduce_lanes(acc + i));
+#pragma GCC unroll 4
+  for (int r = 0; r < kScoreRows; ++r) {
+    std::memcpy(scores + r * kMlaKeyBlock, sums + r * kScoreKeys, kScoreKeys * sizeof(float));
+  }
+}
+
+// context[r][0..kVectors lanes) += sum over keys of weights[r][key] latents[key]
+template <int kVectors, bool kPrefetch>
+KILIN_INLINE void context_tile(int64_t keys, const float* weights, const float* latents, int64_t stride,
+                               float* context, int64_t context_stride, Ahead& ahead) {
+  Vec acc[kContextRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kContextRows; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = load(context + r * context_stride + v * kLanes);
+  }
+  for (int64_t j = 0; j < keys; ++j) {
+    Vec c[kVectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) c[v] = load(latents + j * stride + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kContextRows; ++r) {
+      const Vec w = splat(weights[r * kMlaKeyBlock + j]);
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += w * c[v];
+    }
+    ask<kPrefetch>(ahead);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kContextRows; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) store(context + r * context_stride + v * kLanes, acc[r][v]);
+  }
+}
+
+// A block of keys: rows of floats, `stride` apart, in the cache itself or widened from it as they are needed.
+struct Block {
+  int64_t keys;
+  const char* cache;   // the first cache row
+  int64_t row_bytes;   // between cache rows
+  float* widened;      // nullptr: the cache holds whole vectors of float32
+  const float* rows;
+  int64_t stride;
+};
+
+void block_scores(const MlaPiece& t, const Block& block, float* scores, Ahead& ahead) {
+  const MlaParams& p = *t.params;
+  const int64_t width = p.latent + p.rope;
+  const int64_t padded = mla_padded(width);
+  for (int64_t j = 0; j < block.keys; j += kScoreKeys) {
+    const float* key[kScoreKeys];
+    for (int k = 0; k < kScoreKeys; ++k) {
+      const int64_t row = least(j + k, block.keys - 1);
+      key[k] = block.rows + row * block.stride;
+      if (block.widened != nullptr && j + k == row) {
+        widen_row(p.cache_type, width, block.cache + row * block.row_bytes, block.widened + row * padded);
+      }
+    }
+    for (int64_t r = 0; r < t.rows; r += kScoreRows) {
+      const float* q[kScoreRows];
+      for (int i = 0; i < kScoreRows; ++i) q[i] = t.queries + least(r + i, t.rows - 1) * padded;
+      float* to = scores + r * kMlaKeyBlock + j;
+      if (r < kPrefetchRows) {
+        score_tile<true>(padded, q, key, to, ahead);
+      } else {
+        score_tile<false>(padded, q, key, to, ahead);
+      }
+    }
+  }
+}
+
+template <bool kPrefetch>
+void context_rows(const Block& block, int64_t columns, const float* weights, float* context, Ahead& ahead) {
+  int64_t c = 0;
+  for (; c + 3 * kLanes <= columns; c += 3 * kLanes) {
+    context_tile<3, kPrefetch>(block.keys, weights, block.rows + c, block.stride, context + c, columns,
+                               ahead);
+  }
+  for (; c < columns; c += kLanes) {
+    context_tile<1, kPrefetch>(block.keys, weights, block.rows + c, block.stride, context + c, columns,
+                               ahead);
+  }
+}
+
+Block block_at(const MlaPiece& t, int64_t begin, float* widened) {
+  const MlaParams& p = *t.params;
+  const int64_t element = p.cache_type == Dtype::kF16 ? 2 : 4;
+  const int64_t width = p.latent + p.rope;
+  Block b{};
+  b.keys = least(kMlaKeyBlock, t.end - begin);
+  b.row_bytes = p.page_stride * element;
+  b.cache = static_cast<const char*>(t.pages[begin / p.page_tokens]) + begin % p.page_tokens * b.row_bytes;
+  if (element == 4 && width == mla_padded(width)) {
+    b.rows = reinterpret_cast<const float*>(b.cache);
+    b.stride = p.page_stride;
+  } else {
+    b.rows = b.widened = widened;
+    b.stride = mla_padded(width);
+  }
+  return b;
+}
+
+}  // namespace
+
+void mla_piece(const MlaPiece& t) {
+  const MlaParams& p = *t.params;
+  const int64_t columns = mla_padded(p.latent);
+  float* widened = t.scratch;
+  float* scores = widened + kMlaKeyBlock * mla_padded(p.latent + p.rope);
+  const int64_t padded_rows = mla_padded_rows(t.rows);
+  for (int64_t i = 0; i < padded_rows * columns; i += kLanes) store(t.context + i, zero());
+  for (int64_t i = 0; i < padded_rows * kMlaKeyBlock; i += kLanes) store(scores + i, zero());
+  for (int64_t r = 0; r < t.rows; ++r) {
+    t.top[r] = kMinusInfinity;
+    t.sum[r] = 0;
+  }
+  for (int64_t j = t.begin; j < t.end; j += kMlaKeyBlock) {
+    const Block block = block_at(t, j, widened);
+    Ahead ahead;
+    if (j + kMlaKeyBlock < t.end) {
+      const Block next = block_at(t, j + kMlaKeyBlock, nullptr);
+      ahead = {next.cache, next.cache + next.keys * next.row_bytes};
+    }
+    block_scores(t, block, scores, ahead);
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const float correction = softmax_step(least(block.keys, t.visible[r] - j), kMlaKeyBlock, p.scale,
+                                            scores + r * kMlaKeyBlock, t.top[r], t.sum[r]);
+      if (correction != 1.0f) scale_row(columns, correction, t.context + r * columns);
+    }
+    for (int64_t r = 0; r < t.rows; r += kContextRows) {
+      if (r < kPrefetchRows) {
+        context_rows<true>(block, columns, scores + r * kMlaKeyBlock, t.context + r * columns, ahead);
+      } else {
+        context_rows<false>(block, columns, scores + r * kMlaKeyBlock, t.context + r * columns, ahead);
+      }
+    }
+  }
+}
+
+void mla_merge(int64_t latent, int64_t pieces, const float* context, int64_t context_stride, const float* top,
+               const float* sum, int64_t top_stride, float* merged) {
+  float best = kMinusInfinity;
+  for (int64_t i = 0; i < pieces; ++i) best = top[i * top_stride] > best ? top[i * top_stride] : best;
+  float total = 0;
+  const int64_t columns = mla_padded(latent);
+  for (int64_t c = 0; c < columns; c += kLanes) store(merged + c, zero());
+  for (int64_t i = 0; i < pieces; ++i) {
+    const float factor = exp_one(top[i * top_stride] - best);
+    if (factor == 0.0f) continue;  // keys that this row does not see, or that weigh nothing
+    total += sum[i * top_stride] * factor;
+    const Vec f = splat(factor);
+    const float* from = context + i * context_stride;
+    for (int64_t c = 0; c < columns; c += kLanes) store(merged + c, load(merged + c) + f * load(from + c));
+  }
+  const Vec inverse = splat(1.0f / total);
+  for (int64_t c = 0; c < columns; c += kLanes) store(merged + c, load(merged + c) * inverse);
+}
+
+bool mla_store_half(int64_t n, const float* row, void* to) {
+  // a finite value of 65,520 and above rounds to infinity
+  const Vec limit = splat(65520.0f);
+  const Vec infinite = splat(__builtin_inff());
+  VecInt beyond{};
+  char* at = static_cast<char*>(to);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int part = static_cast<int>(least(n - i, kLanes));
+    const Vec v = part == kLanes ? load(row + i) : load_part(row + i, part);
+    const Vec magnitude = max(v, -v);
+    beyond |= (magnitude >= limit) & (magnitude < infinite);
+    if (part == kLanes) {
+      store_f16(at + i * 2, v);
+    } else {
+      store_f16_part(at + i * 2, v, part);
+    }
+  }
+  int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= beyond[i];
+  return any == 0;
+}
+
+void mla_load_rows(Dtype type, int64_t n, int64_t width, const void* from, int64_t stride, float* to) {
+  const int64_t row_bytes = stride * (type == Dtype::kF16 ? 2 : 4);
+  for (int64_t i = 0; i < n; ++i) {
+    widen_row(type, width, static_cast<const char*>(from) + i * row_bytes, to + i * mla_padded(width));
+  }
+}
+
+}  // namespace kilin::KILIN_ISA

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// Private to kernels/mla, compiled once per instruction set: the online softmax, register tiles of products,
+// cache rows as float32.
+#pragma once
+#include "kernels/cpu/vec.h"
+#include "kernels/mla/mla_isa.h"
+
+namespace kilin::KILIN_ISA {
+
+inline constexpr float kMinusInfinity = -__builtin_inff();
+
+KILIN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// e^x for x <= 0 within 2 ulp, 0 below -87.3 and for minus infinity: exp() of vec.h without its upper range.
+KILIN_INLINE Vec exp_down(Vec x) {
+  const Vec lowest = splat(-87.33654f);
+  const Vec magic = splat(12582912.0f);
+  Vec r = x < lowest ? lowest : x;
+  const Vec shifted = r * splat(1.44269504f) + magic;
+  const Vec n = shifted - magic;
+  r = r - n * splat(0.693359375f);
+  r = r - n * splat(-2.12194440e-4f);
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * (r * r) + (r + splat(1.0f));
+  // the low bits of `shifted` are n: moved up by 23 they are the exponent of 2^n, but for the bias
+  const Vec power = reinterpret_cast<Vec>((reinterpret_cast<VecInt>(shifted) << 23) + (127 << 23));
+  return x < lowest ? zero() : p * power;
+}
+
+KILIN_INLINE float exp_one(float x) { return exp_down(splat(x))[0]; }
+
+// One step of the online softmax of a row: scores[0..n) become e^(score * scale - top), the rest of the row
+// up to `width`, a multiple of kLanes, becomes 0; `top` and `sum` move on. Returns the factor for what was
+// summed before.
+KILIN_INLINE float softmax_step(int64_t n, int64_t width, float scale, float* scores, float& top,
+                                float& sum) {
+  if (n <= 0) {  // the query lies before all of these keys
+    for (int64_t i = 0; i < width; i += kLanes) store(scores + i, zero());
+    return 1.0f;
+  }
+  for (int64_t i = n; i < width; ++i) scores[i] = kMinusInfinity;
+  Vec best = load(scores);
+  for (int64_t i = kLanes; i < width; i += kLanes) best = max(best, load(scores + i));
+  const float highest = reduce_max(best) * scale;
+  const float new_top = highest > top ? highest : top;
+  const Vec shift = splat(new_top);
+  const Vec factor = splat(scale);
+  Vec total = zero();
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const Vec e = exp_down(load(scores + i) * factor - shift);
+    store(scores + i, e);
+    total += e;
+  }
+  const float correction = new_top > top ? exp_one(top - new_top) : 1.0f;
+  sum = sum * correction + reduce_add(total);
+  top = new_top;
+  return correction;
+}
+
+KILIN_INLINE void scale_row(int64_t n, float factor, float* x) {
+  const Vec f = splat(factor);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(x + i, load(x + i) * f);
+  if (i < n) store_part(x + i, load_part(x + i, static_cast<int>(n - i)) * f, static_cast<int>(n - i));
+}
+
+// width floats of a cache row to `to`, zeros behind them up to a whole vector of the widest set
+KILIN_INLINE void widen_row(Dtype type, int64_t width, const char* from, float* to) {
+  int64_t c = 0;
+  if (type == Dtype::kF16) {
+    for (; c + kLanes <= width; c += kLanes) store(to + c, load_f16(from + c * 2));
+    if (c < width) store(to + c, load_f16_part(from + c * 2, static_cast<int>(width - c)));
+  } else {
+    for (; c + kLanes <= width; c += kLanes) {
+      Vec v;
+      std::memcpy(&v, from + c * 4, sizeof v);
+      store(to + c, v);
+    }
+    if (c < width) {
+      Vec v{};
+      std::memcpy(&v, from + c * 4, static_cast<unsigned>(width - c) * 4u);
+      store(to + c, v);
+    }
+  }
+  if (c < width) c += kLanes;
+  for (; c < mla_padded(width); c += kLanes) store(to + c, zero());
+}
+
+// Rows of a product in a tile of 2 vectors: 24 of 32 registers hold sums, two hold B; with 16 registers 12.
+inline constexpr int kTileRows = kRegisters == 32 ? 12 : 6;
+
+// C[kM x n] (+)= A[kM x depth] B[depth x n], n <= 2 kLanes, B readable over 2 vectors in every row.
+template <int kM>
+KILIN_INLINE void tile_product(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+                               float* c, int64_t ldc, int n, bool accumulate) {
+  Vec acc[kM][2] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vec b0 = load(b + k * ldb);
+    const Vec b1 = load(b + k * ldb + kLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < kM; ++i) {
+      const Vec ai = splat(a[i * lda + k]);
+      acc[i][0] += ai * b0;
+      acc[i][1] += ai * b1;
+    }
+  }
+  const int n0 = n < kLanes ? n : kLanes;
+  const int n1 = n - n0;
+#pragma GCC unroll 12
+  for (int i = 0; i < kM; ++i) {
+    float* row = c + i * ldc;
+    if (n == 2 * kLanes) {
+      if (accumulate) {
+        acc[i][0] += load(row);
+        acc[i][1] += load(row + kLanes);
+      }
+      store(row, acc[i][0]);
+      store(row + kLanes, acc[i][1]);
+    } else {
+      if (accumulate) {
+        acc[i][0] += load_part(row, n0);
+        acc[i][1] += load_part(row + n0, n1);
+      }
+      store_part(row, acc[i][0], n0);
+      if (n1 > 0) store_part(row + n0, acc[i][1], n1);
+    }
+  }
+}
+
+// The tile of `rows` <= kTileRows rows: one instantiation for each height.
+template <int kM = kTileRows>
+KILIN_INLINE void tile_rows(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
+                            int64_t ldb, float* c, int64_t ldc, int n, bool accumulate) {
+  if constexpr (kM > 1) {
+    if (rows < kM) return tile_rows<kM - 1>(rows, depth, a, lda, b, ldb, c, ldc, n, accumulate);
+  }
+  tile_product<kM>(depth, a, lda, b, ldb, c, ldc, n, accumulate);
+}
+
+// C[m x n] (+)= A[m x depth] B[depth x n], n <= 2 kLanes, in tiles of nearly equal height.
+static inline void panel_product(int64_t m, int n, int64_t depth, const float* a, int64_t lda, const float* b,
+                                 int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  int64_t tiles = (m + kTileRows - 1) / kTileRows;
+  for (int64_t i = 0; i < m; --tiles) {
+    const int64_t rows = (m - i + tiles - 1) / tiles;
+    tile_rows(rows, depth, a + i * lda, lda, b, ldb, c + i * ldc, ldc, n, accumulate);
+    i += rows;
+  }
+}
+
+}  // namespace kilin::KILIN_ISA

@@ -246,8 +246,8 @@ std::vector<Case> cases() {
   return list;
 }
 
-INSTANTIATE_TEST_SUITE_P(AllIsas, Matmul, ::testing::ValuesIn(cases()), [](const auto& info) {
-  return std::string(isa_name(info.param.isa)) + "_" + std::string(dtype_name(info.param.dtype));
+INSTANTIATE_TEST_SUITE_P(AllIsas, Matmul, ::testing::ValuesIn(cases()), [](const auto& test) {
+  return std::string(isa_name(test.param.isa)) + "_" + std::string(dtype_name(test.param.dtype));
 });
 
 }  // namespace

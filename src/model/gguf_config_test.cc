@@ -79,7 +79,7 @@ class Written {
     try {
       read();
     } catch (const Error& e) {
-      const std::string what = e.what();
+      std::string what = e.what();
       EXPECT_TRUE(what.starts_with(path_.string())) << what;
       return what;
     }

@@ -197,7 +197,7 @@ void write_index(const ConvertSource& source, const std::vector<std::vector<Piec
 }
 
 std::string generation_config(const io::GgufFile& file, const Config& config) {
-  if (file.has(kGenerationConfigKey)) return file.get_string(kGenerationConfigKey);
+  if (file.has(kGgufGenerationConfigKey)) return file.get_string(kGgufGenerationConfigKey);
   nlohmann::ordered_json json = nlohmann::ordered_json::object();
   if (config.bos_id) json["bos_token_id"] = *config.bos_id;
   if (!config.eos_ids.empty()) json["eos_token_id"] = config.eos_ids;
@@ -209,12 +209,12 @@ void write_tokenizer(const io::GgufFile& file, OutputDirectory& out, ConvertRepo
     report.notes.emplace_back("the file has no tokenizer, so the directory has none");
     return;
   }
-  std::optional<std::string> chat;
-  if (file.has(text::kGgufChatTemplateKey)) chat = file.get_string(text::kGgufChatTemplateKey);
+  const auto chat = text::gguf_chat_template(file);
   const auto made = text::hugging_face_tokenizer(text::parse_gguf_tokenizer(file), chat);
   out.write("tokenizer.json", made.tokenizer_json);
   out.write("tokenizer_config.json", made.tokenizer_config_json);
-  if (chat) out.write("chat_template.jinja", *chat);
+  // One for tools beside it has its place in tokenizer_config.json only.
+  if (chat && !chat->tools) out.write("chat_template.jinja", chat->text);
 }
 
 }  // namespace

@@ -78,7 +78,7 @@ class CopyValue {
 void write_directory_text(const fs::path& directory, const Config& config, io::GgufWriter& w) {
   w.add_string("general.name", fs::canonical(directory).filename().string());
   if (const fs::path file = directory / "generation_config.json"; fs::exists(file)) {
-    w.add_string(kGenerationConfigKey, file_text(file));
+    w.add_string(kGgufGenerationConfigKey, file_text(file));
   }
   if (!fs::exists(directory / "tokenizer.json") && !fs::exists(directory / "tiktoken.model")) {
     w.add_string("tokenizer.ggml.model", "none");  // llama.cpp's "no_vocab"
@@ -86,10 +86,7 @@ void write_directory_text(const fs::path& directory, const Config& config, io::G
   }
   text::write_gguf_tokenizer(text::Tokenizer::load_parts(directory), static_cast<int32_t>(config.vocab_size),
                              w);
-  if (const auto found = text::ChatTemplate::load_text(directory)) {
-    w.add_string(text::kGgufChatTemplateKey, found->text);
-    if (found->tools) w.add_string(kToolTemplateKey, *found->tools);
-  }
+  if (const auto found = text::ChatTemplate::load_text(directory)) text::write_gguf_chat_template(*found, w);
 }
 
 }  // namespace

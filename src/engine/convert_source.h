@@ -35,8 +35,4 @@ void check_target_file(const std::filesystem::path& path, bool overwrite);
 // An Error if the file system of `path` has less room.
 void check_space(const std::filesystem::path& path, uint64_t bytes);
 
-// Keys of Kilin's own in GGUF files, beside kGgufConfigKey.
-inline constexpr const char* kGenerationConfigKey = "kilin.generation_config";  // generation_config.json
-inline constexpr const char* kToolTemplateKey = "tokenizer.chat_template.tool_use";
-
 }  // namespace kilin

@@ -14,6 +14,8 @@ namespace kilin {
 // Kilin's own key: the text of config.json. llama.cpp's keys cannot say everything that Kilin computes
 // (docs/decisions/gguf.md).
 inline constexpr std::string_view kGgufConfigKey = "kilin.config";
+// The text of generation_config.json, of which llama.cpp's keys keep one end token.
+inline constexpr std::string_view kGgufGenerationConfigKey = "kilin.generation_config";
 
 // From the key `kilin.config` if it is there (an Error if it contradicts llama.cpp's keys), otherwise from
 // llama.cpp's keys alone. Every key that is missing or impossible is an Error that names file, key, found and

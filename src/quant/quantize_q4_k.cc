@@ -103,7 +103,7 @@ LevelSums level_sums(const Block& b, const Levels& levels) {
 inline float finite_or_zero(float x) { return std::fabs(x) <= std::numeric_limits<float>::max() ? x : 0; }
 inline Lane finite_or_zero(Lane x) {
   constexpr float kMax = std::numeric_limits<float>::max();
-  return (x <= kMax) & (x >= -kMax) ? x : same(0.0f);
+  return ((x <= kMax) & (x >= -kMax)) ? x : same(0.0f);
 }
 
 void first_line(Block& b) {

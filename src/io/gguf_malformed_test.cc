@@ -41,7 +41,7 @@ std::string tensor(const std::string& name, const std::vector<uint64_t>& ne, uin
   for (const uint64_t size : ne) bytes += u64(size);
   return bytes + u32(type) + u64(offset);
 }
-constexpr uint32_t kF32 = 0, kQ8_0 = 8, kQ4_K = 12, kQ5_K = 13, kUnknown = 99;
+constexpr uint32_t kTypeF32 = 0, kTypeQ80 = 8, kTypeQ4K = 12, kTypeQ5K = 13, kTypeUnknown = 99;
 
 std::string padded(std::string bytes, size_t data, size_t alignment = 32) {
   bytes.resize((bytes.size() + alignment - 1) / alignment * alignment);
@@ -50,8 +50,8 @@ std::string padded(std::string bytes, size_t data, size_t alignment = 32) {
 std::string one_tensor(const std::vector<uint64_t>& ne, uint32_t type, uint64_t offset, size_t data) {
   return padded(header(1, 0) + tensor("w", ne, type, offset), data);
 }
-std::string two_tensors(uint64_t a, uint64_t b, size_t data, uint32_t type = kF32) {
-  return padded(header(2, 0) + tensor("a", {12}, kF32, a) + tensor("b", {4}, type, b), data);
+std::string two_tensors(uint64_t a, uint64_t b, size_t data, uint32_t type = kTypeF32) {
+  return padded(header(2, 0) + tensor("a", {12}, kTypeF32, a) + tensor("b", {4}, type, b), data);
 }
 std::string with_alignment(uint32_t type, const std::string& value) {
   return header(0, 1) + text("general.alignment") + u32(type) + value;
@@ -74,7 +74,7 @@ const std::vector<Malformed> kMalformed = {
     // The header.
     {"Empty", "", "magic: found nothing, expected 'GGUF'"},
     {"Short", "GGU", "magic: found 'GGU', expected 'GGUF'"},
-    {"OtherMagic", "GGML\3\0\0\0", "magic: found 'GGML...', expected 'GGUF'"},
+    {"OtherMagic", "GGML" + u32(3), "magic: found 'GGML...', expected 'GGUF'"},
     {"BinaryMagic", "\x1\xff\n\r", "magic: found '\\x01\\xff\\x0a\\x0d', expected 'GGUF'"},
     {"GitLfsPointer", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
      "found a Git LFS pointer, expected the file itself (run: git lfs pull)"},
@@ -141,62 +141,64 @@ const std::vector<Malformed> kMalformed = {
     {"AlignmentHuge", with_alignment(kUint64, u64(uint64_t{1} << 62)),
      "key 'general.alignment': found 4611686018427387904, expected a power of two up to 1073741824"},
     // The table of tensors.
-    {"NameEmpty", padded(header(1, 0) + tensor("", {4}, kF32, 0), 16),
+    {"NameEmpty", padded(header(1, 0) + tensor("", {4}, kTypeF32, 0), 16),
      "tensor 1 of 1: found an empty name, expected a name"},
     {"NameTooLong", header(1, 0) + u64(1000) + std::string(24, 'w'),
      "tensor 1 of 1: found a string of 1000 bytes, expected at most the 24 left in the file"},
-    {"NameNotUtf8", padded(header(1, 0) + tensor("\xc3\n", {0}, kF32, 0), 16),
+    {"NameNotUtf8", padded(header(1, 0) + tensor("\xc3\n", {0}, kTypeF32, 0), 16),
      "tensor '\\xc3\\x0a': shape: found 0 as dimension 0, expected a size from 1 to 2^63 - 1"},
-    {"NameTwice", padded(header(2, 0) + tensor("w", {4}, kF32, 0) + tensor("w", {4}, kF32, 32), 48),
+    {"NameTwice", padded(header(2, 0) + tensor("w", {4}, kTypeF32, 0) + tensor("w", {4}, kTypeF32, 32), 48),
      "tensor 'w': found twice, expected once"},
-    {"FiveDimensions", one_tensor({1, 1, 1, 1, 1}, kF32, 0, 4),
+    {"FiveDimensions", one_tensor({1, 1, 1, 1, 1}, kTypeF32, 0, 4),
      "tensor 'w': shape: found 5 dimensions, expected at most 4"},
     {"DimensionsHuge", header(1, 0) + text("w") + u32(0xffffffff) + std::string(20, '\0'),
      "tensor 'w': shape: found 4294967295 dimensions, expected at most 4"},
-    {"DimensionZero", one_tensor({4, 0}, kF32, 0, 16),
+    {"DimensionZero", one_tensor({4, 0}, kTypeF32, 0, 16),
      "tensor 'w': shape: found 0 as dimension 1, expected a size from 1 to 2^63 - 1"},
-    {"DimensionNegative", one_tensor({UINT64_MAX}, kF32, 0, 16),
+    {"DimensionNegative", one_tensor({UINT64_MAX}, kTypeF32, 0, 16),
      "tensor 'w': shape: found 18446744073709551615 as dimension 0, expected a size from 1 to 2^63 - 1"},
     {"ShapeCutOff", header(1, 0) + text("w") + u32(3) + std::string(20, '\1'),
      "tensor 'w': found the end of the file at byte 57, expected 4 more bytes"},
-    {"ShapeOverflows", one_tensor({uint64_t{1} << 32, uint64_t{1} << 32}, kF32, 0, 16),
+    {"ShapeOverflows", one_tensor({uint64_t{1} << 32, uint64_t{1} << 32}, kTypeF32, 0, 16),
      "tensor 'w': shape: found [4294967296, 4294967296] of F32, expected a size below 2^63"},
-    {"BytesOverflow", one_tensor({uint64_t{1} << 61}, kF32, 0, 16),
+    {"BytesOverflow", one_tensor({uint64_t{1} << 61}, kTypeF32, 0, 16),
      "tensor 'w': shape: found [2305843009213693952] of F32, expected a size below 2^63"},
     // Fewer bytes than elements: 144 per 256.
-    {"ElementsOverflow", one_tensor({uint64_t{1} << 62, 2}, kQ4_K, 0, 16),
+    {"ElementsOverflow", one_tensor({uint64_t{1} << 62, 2}, kTypeQ4K, 0, 16),
      "tensor 'w': shape: found [2, 4611686018427387904] of Q4_K, expected a size below 2^63"},
-    {"RowNotABlock", one_tensor({48, 2}, kQ8_0, 0, 102),
+    {"RowNotABlock", one_tensor({48, 2}, kTypeQ80, 0, 102),
      "tensor 'w': shape: found [2, 48] with rows of 48, expected a multiple of 32 for Q8_0"},
-    {"ScalarOfBlocks", one_tensor({}, kQ8_0, 0, 34),
+    {"ScalarOfBlocks", one_tensor({}, kTypeQ80, 0, 34),
      "tensor 'w': shape: found [] with rows of 1, expected a multiple of 32 for Q8_0"},
-    {"RowOfUnreadTypeNotABlock", one_tensor({32}, kQ5_K, 0, 176),
+    {"RowOfUnreadTypeNotABlock", one_tensor({32}, kTypeQ5K, 0, 176),
      "tensor 'w': shape: found [32] with rows of 32, expected a multiple of 256 for Q5_K"},
-    {"TableCutOff", header(2, 0) + tensor("a", {1}, kF32, 0) + tensor("b", {1}, kF32, 32).substr(0, 30),
+    {"TableCutOff",
+     header(2, 0) + tensor("a", {1}, kTypeF32, 0) + tensor("b", {1}, kTypeF32, 32).substr(0, 30),
      "tensor 'b': found the end of the file at byte 87, expected 3 more bytes"},
     // Offsets.
-    {"OffsetMisaligned", one_tensor({4}, kF32, 4, 32),
+    {"OffsetMisaligned", one_tensor({4}, kTypeF32, 4, 32),
      "tensor 'w': offset: found 4, expected a multiple of the alignment 32"},
-    {"DataCutOff", one_tensor({4}, kF32, 0, 15),
+    {"DataCutOff", one_tensor({4}, kTypeF32, 0, 15),
      "tensor 'w': data: found 16 bytes at offset 0, expected them within the 15 bytes of data in the file"},
-    {"DataMissing", header(1, 0) + tensor("w", {4}, kF32, 0),
+    {"DataMissing", header(1, 0) + tensor("w", {4}, kTypeF32, 0),
      "tensor 'w': data: found 16 bytes at offset 0, expected them within the 0 bytes of data in the file"},
-    {"OffsetBehindFile", one_tensor({4}, kF32, 64, 64),
+    {"OffsetBehindFile", one_tensor({4}, kTypeF32, 64, 64),
      "tensor 'w': data: found 16 bytes at offset 64, expected them within the 64 bytes of data in the file"},
-    {"OffsetHuge", one_tensor({4}, kF32, UINT64_MAX - 31, 64),
+    {"OffsetHuge", one_tensor({4}, kTypeF32, UINT64_MAX - 31, 64),
      "tensor 'w': data: found 16 bytes at offset 18446744073709551584, expected them within the 64 bytes of "
      "data in the file"},
-    {"OffsetOfUnknownTypeBehindFile", one_tensor({4}, kUnknown, 96, 64),
+    {"OffsetOfUnknownTypeBehindFile", one_tensor({4}, kTypeUnknown, 96, 64),
      "tensor 'w': data: found 0 bytes at offset 96, expected them within the 64 bytes of data in the file"},
-    {"DataOfUnreadTypeCutOff", one_tensor({256}, kQ5_K, 0, 175),
+    {"DataOfUnreadTypeCutOff", one_tensor({256}, kTypeQ5K, 0, 175),
      "tensor 'w': data: found 176 bytes at offset 0, expected them within the 175 bytes of data in the file"},
     {"Overlap", two_tensors(0, 32, 96),
      "tensor 'b': offset: found 32 (an overlap), expected at least 48, where tensor 'a' ends"},
-    {"OverlapInReverse", padded(header(2, 0) + tensor("b", {4}, kF32, 32) + tensor("a", {12}, kF32, 0), 96),
+    {"OverlapInReverse",
+     padded(header(2, 0) + tensor("b", {4}, kTypeF32, 32) + tensor("a", {12}, kTypeF32, 0), 96),
      "tensor 'b': offset: found 32 (an overlap), expected at least 48, where tensor 'a' ends"},
     {"SamePlace", two_tensors(0, 0, 96),
      "tensor 'a': offset: found 0 (an overlap), expected at least 16, where tensor 'b' ends"},
-    {"UnknownTypeWithinAnother", two_tensors(0, 32, 96, kUnknown),
+    {"UnknownTypeWithinAnother", two_tensors(0, 32, 96, kTypeUnknown),
      "tensor 'b': offset: found 32 (an overlap), expected at least 48, where tensor 'a' ends"},
 };
 
@@ -208,17 +210,18 @@ TEST(Gguf, AcceptsTheGoodNeighboursOfTheMalformed) {
   for (const std::string& good :
        {header(0, 0), header(0, 0, 2), one_value(kUint64, u64(INT64_MAX)), one_value(kBool, "\1"),
         one_value(kString, text("")), one_value(kArray, u32(kString) + u64(2) + text("") + text("x")),
-        one_value(kArray, u32(kUint8) + u64(0)), with_alignment(kUint32, u32(1)), one_tensor({}, kF32, 0, 4),
-        one_tensor({4, 1, 1, 1}, kF32, 0, 16), one_tensor({4}, kF32, 32, 48), one_tensor({64}, kQ8_0, 0, 68),
-        one_tensor({4}, kUnknown, 0, 0), two_tensors(0, 64, 80), two_tensors(32, 0, 80),
-        padded(header(1, 0) + tensor("\xff", {4}, kF32, 0), 16)})
+        one_value(kArray, u32(kUint8) + u64(0)), with_alignment(kUint32, u32(1)),
+        one_tensor({}, kTypeF32, 0, 4), one_tensor({4, 1, 1, 1}, kTypeF32, 0, 16),
+        one_tensor({4}, kTypeF32, 32, 48), one_tensor({64}, kTypeQ80, 0, 68),
+        one_tensor({4}, kTypeUnknown, 0, 0), two_tensors(0, 64, 80), two_tensors(32, 0, 80),
+        padded(header(1, 0) + tensor("\xff", {4}, kTypeF32, 0), 16)})
     EXPECT_EQ(error_of_bytes(good), "");
 }
 
 TEST(Gguf, DataStartsAtTheAlignmentOfTheFile) {
   const auto bytes = [](uint32_t alignment) {
     return padded(header(1, 1) + text("general.alignment") + u32(kUint32) + u32(alignment) +
-                      tensor("w", {1}, kF32, alignment),
+                      tensor("w", {1}, kTypeF32, alignment),
                   alignment + 4, alignment) +
            "end";
   };
@@ -231,7 +234,7 @@ TEST(Gguf, DataStartsAtTheAlignmentOfTheFile) {
 }
 
 TEST(Gguf, ATypeThatIsNotKnownIsListed) {
-  const std::string bytes = one_tensor({4}, kUnknown, 0, 64);
+  const std::string bytes = one_tensor({4}, kTypeUnknown, 0, 64);
   const GgufFile file = GgufFile::parse(std::as_bytes(std::span(bytes)), "new.gguf");
   EXPECT_EQ(file.type_name("w"), "type 99");
   EXPECT_EQ(

@@ -51,11 +51,18 @@ std::string path_of_part(const std::string& first, int64_t part, int64_t parts) 
 // Reads one file into Contents. Each check throws an Error that names file, place, found and expected.
 class GgufFile::Parser {
  public:
+  using Metadata = std::map<std::string, GgufValue, std::less<>>;
+
+  // Maps and reads a whole file.
+  static void add_file(Contents& contents, const std::string& path, Metadata& metadata);
+  // Part `number`, from 2 on, of the split file whose first part the contents have.
+  static void add_part(Contents& contents, int64_t number, int64_t parts);
+
   Parser(Contents& contents, const std::string& path, std::span<const std::byte> bytes)
       : contents_(contents), path_(path), bytes_(bytes) {}
 
   // The metadata lands in `metadata`, the tensors behind those that the contents already have.
-  void run(std::map<std::string, GgufValue, std::less<>>& metadata) {
+  void run(Metadata& metadata) {
     read_header();
     for (uint64_t i = 0; i < values_; ++i) read_pair(metadata);
     read_alignment(metadata);
@@ -126,7 +133,7 @@ class GgufFile::Parser {
             rest() / kMinValueBytes, rest());
   }
 
-  void read_pair(std::map<std::string, GgufValue, std::less<>>& metadata) {
+  void read_pair(Metadata& metadata) {
     place_ = "metadata";
     std::string key = read_string();
     require_here(!key.empty(), "found an empty key, expected a name");
@@ -206,7 +213,7 @@ class GgufFile::Parser {
     }
   }
 
-  void read_alignment(const std::map<std::string, GgufValue, std::less<>>& metadata) {
+  void read_alignment(const Metadata& metadata) {
     const auto at = metadata.find(kGgufAlignmentKey);
     if (at == metadata.end()) return;
     const auto* found = std::get_if<int64_t>(&at->second);
@@ -330,44 +337,46 @@ GgufFile GgufFile::parse(std::span<const std::byte> bytes, std::string name) {
   return GgufFile(std::move(contents));
 }
 
+void GgufFile::Parser::add_file(Contents& contents, const std::string& path, Metadata& metadata) {
+  contents.paths.push_back(path);
+  contents.files.push_back(std::make_unique<const MappedFile>(path));
+  Parser(contents, path, contents.files.back()->bytes()).run(metadata);
+}
+
+void GgufFile::Parser::add_part(Contents& contents, int64_t number, int64_t parts) {
+  const std::string path = path_of_part(contents.path, number, parts);
+  std::error_code error;
+  check(std::filesystem::exists(path, error), "{}: found no such file, expected part {} of {} beside '{}'",
+        path, number, parts, contents.path);
+  auto own = std::make_shared<Contents>();  // for its metadata: the tensors go to the first part's
+  own->path = path;
+  add_file(contents, path, own->metadata);
+  const GgufFile part(std::move(own));
+  check(part.get_int("split.no") == number - 1 && part.get_int("split.count") == parts,
+        "{}: keys 'split.no' and 'split.count': found {} and {}, expected {} and {}", path,
+        part.get_int("split.no"), part.get_int("split.count"), number - 1, parts);
+}
+
 GgufFile GgufFile::open(const std::string& path) {
   auto contents = std::make_shared<Contents>();
   contents->path = path;
-  const auto add_part = [&](const std::string& part,
-                            std::map<std::string, GgufValue, std::less<>>& metadata) {
-    contents->paths.push_back(part);
-    contents->files.push_back(std::make_unique<const MappedFile>(part));
-    Parser(*contents, part, contents->files.back()->bytes()).run(metadata);
-  };
-  add_part(path, contents->metadata);
-  const GgufFile first(contents);
-  const int64_t parts = first.get_int("split.count", 1);
-  if (parts <= 1) return first;
+  Parser::add_file(*contents, path, contents->metadata);
+  GgufFile file(contents);
+  const int64_t parts = file.get_int("split.count", 1);
+  if (parts <= 1) return file;
 
-  const int64_t number = first.get_int("split.no", 0);
-  check(number == 0, "{}: key 'split.no': found part {} of {}, expected the first part of the split file",
-        path, number + 1, parts);
+  const int64_t index = file.get_int("split.no", 0);
+  check(index == 0, "{}: key 'split.no': found {}, expected 0: the first of the {} parts of a split file",
+        path, index, parts);
   check(parts <= kMaxParts && !path_of_part(path, 1, parts).empty(),
         "{}: found the first of {} parts, expected a name that ends in '-00001-of-{:05}.gguf'", path, parts,
         parts);
-  for (int64_t i = 1; i < parts; ++i) {
-    const std::string part = path_of_part(path, i + 1, parts);
-    std::error_code error;
-    check(std::filesystem::exists(part, error), "{}: found no such file, expected part {} of {} beside '{}'",
-          part, i + 1, parts, path);
-    Contents metadata;
-    metadata.path = part;
-    add_part(part, metadata.metadata);
-    const GgufFile described(std::make_shared<Contents>(std::move(metadata)));
-    check(described.get_int("split.no") == i && described.get_int("split.count") == parts,
-          "{}: keys 'split.no' and 'split.count': found part {} of {}, expected part {} of {}", part,
-          described.get_int("split.no") + 1, described.get_int("split.count"), i + 1, parts);
-  }
-  const auto tensors = static_cast<int64_t>(first.names().size());
-  check(first.get_int("split.tensors.count", tensors) == tensors,
+  for (int64_t number = 2; number <= parts; ++number) Parser::add_part(*contents, number, parts);
+  const auto tensors = static_cast<int64_t>(file.names().size());
+  check(file.get_int("split.tensors.count", tensors) == tensors,
         "{}: key 'split.tensors.count': found {}, expected {}, the number of tensors in all parts", path,
-        first.get_int("split.tensors.count", tensors), tensors);
-  return first;
+        file.get_int("split.tensors.count", tensors), tensors);
+  return file;
 }
 
 }  // namespace kilin::io

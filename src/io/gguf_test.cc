@@ -175,7 +175,7 @@ TEST(Gguf, ASplitFileMustBeWholeAndNamedAsItsPartsSay) {
   const std::string first = read_text(kSplit), second = read_text(kSplitSecond);
   EXPECT_EQ(error_of([] { GgufFile::open(kSplitSecond); }),
             std::string(kSplitSecond) +
-                ": key 'split.no': found part 2 of 2, expected the first part of the split file");
+                ": key 'split.no': found 1, expected 0: the first of the 2 parts of a split file");
   TemporaryDirectory directory;
   const std::string one = directory.write("m-00001-of-00002.gguf", first);
   EXPECT_EQ(error_of([&] { GgufFile::open(one); }),
@@ -189,7 +189,7 @@ TEST(Gguf, ASplitFileMustBeWholeAndNamedAsItsPartsSay) {
   third[second.find("split.no") + 12] = 2;
   directory.write("m-00002-of-00002.gguf", third);
   EXPECT_EQ(error_of([&] { GgufFile::open(one); }),
-            two + ": keys 'split.no' and 'split.count': found part 3 of 2, expected part 2 of 2");
+            two + ": keys 'split.no' and 'split.count': found 2 and 2, expected 1 and 2");
   std::string more = first;
   more[first.find("split.tensors.count") + 19 + 4] = 5;
   directory.write("m-00001-of-00002.gguf", more);

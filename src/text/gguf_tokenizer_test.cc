@@ -256,6 +256,22 @@ TEST(GgufTokenizer, long_text_is_cut_when_the_file_does_not_say_otherwise) {
   EXPECT_FALSE(parse_gguf_tokenizer(small.open()).cut_long_text);
 }
 
+// Written by ggml's own package, with the bytes in their own order (tests/data/gguf/make.py).
+TEST(GgufTokenizer, reads_a_file_of_ggml) {
+  const auto file = io::GgufFile::open(KILIN_SOURCE_DIR "/tests/data/gguf/tokenizer.gguf");
+  const Tokenizer tokenizer = Tokenizer::from_gguf(file);
+  EXPECT_EQ(tokenizer.encode("ab ab\n<|end|>"), (Ids{256, 257, 10, 258}));
+  EXPECT_EQ(tokenizer.encode("\u4e2d"), (Ids{0xe4, 0xb8, 0xad}));
+  for (int32_t byte = 0; byte < 256; ++byte)
+    EXPECT_EQ(tokenizer.token_bytes(byte), std::string(1, static_cast<char>(byte)));
+  EXPECT_EQ(tokenizer.token_bytes(259), "");
+  EXPECT_EQ(tokenizer.eos_id(), 258);
+  const auto chat = ChatTemplate::from_gguf(file, tokenizer);
+  ASSERT_TRUE(chat.has_value());
+  const ChatMessage message{"user", "hi"};
+  EXPECT_EQ(chat->render({&message, 1}, true), "hi<|end|>");
+}
+
 struct Bad {
   const char* name;
   std::function<void(SmallFile&)> spoil;

@@ -5,6 +5,7 @@
 all_types.gguf      every type of metadata value and array; tensors of all types that Kilin reads and of some that it
                     does not, big alignment
 split-0000?-of-00002.gguf   one model in two parts, as llama.cpp's gguf-split names them
+tokenizer.gguf      a vocabulary of the 256 bytes and a few tokens, without tensors
 The data of each tensor is arange over its bytes or elements, so that a test can tell what it should find.
 """
 import pathlib
@@ -56,6 +57,21 @@ def split():
         finish(w)
 
 
+def tokenizer():
+    visible = [b for b in range(256) if 0x21 <= b <= 0x7E or 0xA1 <= b <= 0xAC or b >= 0xAE]
+    others = [b for b in range(256) if b not in visible]
+    characters = {b: chr(b) for b in visible} | {b: chr(0x100 + i) for i, b in enumerate(others)}
+    w = gguf.GGUFWriter(HERE / "tokenizer.gguf", "kimi-linear")
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("kimi-k2")
+    w.add_token_list([characters[b] for b in range(256)] + ["ab", "Ġab", "<|end|>", "[PAD259]"])
+    w.add_token_types([gguf.TokenType.NORMAL] * 258 + [gguf.TokenType.CONTROL, gguf.TokenType.UNUSED])
+    w.add_token_merges(["a b", "Ġ ab"])
+    w.add_eos_token_id(258)
+    w.add_chat_template("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    finish(w)
+
+
 def finish(w):
     w.write_header_to_file()
     w.write_kv_data_to_file()
@@ -65,3 +81,4 @@ def finish(w):
 
 all_types()
 split()
+tokenizer()

@@ -17,7 +17,7 @@ namespace kilin::cli {
 namespace {
 
 std::string sizes(const ConvertReport& report) {
-  const std::string after = human_bytes(static_cast<double>(report.target_bytes));
+  std::string after = human_bytes(static_cast<double>(report.target_bytes));
   if (report.source_bytes == 0) return after;
   return fmt::format(
       "{} -> {} ({})", human_bytes(static_cast<double>(report.source_bytes)), after,

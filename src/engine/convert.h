@@ -14,6 +14,7 @@ namespace kilin {
 
 // How matrices are stored. Vectors, convolutions and the router are float32 in every case, and some matrices
 // keep more bits than the name says: docs/decisions/gguf.md.
+// NOLINTNEXTLINE(readability-identifier-naming): the formats' own names
 enum class WeightType { kAuto, kF32, kBF16, kQ8_0, kQ4_0, kQ4_K };
 
 struct ConvertOptions {

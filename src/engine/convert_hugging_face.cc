@@ -29,6 +29,7 @@ constexpr const char* kIndexFile = "model.safetensors.index.json";
 class OutputDirectory {
  public:
   OutputDirectory(fs::path path, bool overwrite) : path_(std::move(path)) {
+    check(!path_.empty(), "(empty file name): expected a directory to write to");
     const fs::file_status status = fs::status(path_);
     if (!fs::exists(status)) {
       std::error_code error;

@@ -160,6 +160,58 @@ TEST(Convert, ToGgufAndBackKeepsEveryValue) {
   }
 }
 
+// Older files: kv_b_proj whole, convolutions of three dimensions, other spellings of two vectors.
+void write_legacy(const std::string& target) {
+  const ConvertOptions options = of_type(WeightType::kAuto);
+  const std::string modern = target + ".modern";
+  convert_to_gguf(kDocs, modern, options);
+  const Config c = docs_config();
+  const auto original = io::Checkpoint::open(kDocs);
+  const auto gguf = io::GgufFile::open(modern);
+  io::GgufWriter writer(target);
+  write_gguf_config(c, gguf.get_string(kGgufConfigKey), writer);
+  struct Tensor {
+    std::string name;
+    TensorView view;
+  };
+  std::vector<Tensor> tensors;
+  for (std::string name : gguf.names()) {
+    TensorView view = *gguf.find(name);
+    if (name.ends_with("attn_v_b.weight")) continue;
+    if (const size_t at = name.find("attn_k_b"); at != std::string::npos) {
+      view = original.get("model.layers." + name.substr(4, name.find('.', 4) - 4) +
+                          ".self_attn.kv_b_proj.weight");
+      name.replace(at, 8, "attn_kv_b");
+    }
+    if (name.find("ssm_conv1d") != std::string::npos) view.shape = {view.shape[1], 1, view.shape[3]};
+    if (name.ends_with("ssm_a")) view.shape = {view.elements(), 1};
+    if (name.ends_with("ssm_dt.bias") || name.ends_with("exp_probs_b.bias")) name.resize(name.size() - 5);
+    writer.add_tensor(name, view.dtype, view.shape);
+    tensors.push_back({std::move(name), view});
+  }
+  for (const Tensor& t : tensors) writer.write(t.view.data, t.view.bytes());
+  writer.commit();
+}
+
+TEST(Convert, OlderFilesHoldTheSameModel) {
+  const io::TemporaryDirectory directory;
+  const std::string legacy = directory.path() + "/legacy.gguf";
+  const std::string again = directory.path() + "/again.gguf";
+  write_legacy(legacy);
+  EXPECT_TRUE(io::GgufFile::open(legacy).contains("blk.3.attn_kv_b.weight"));
+  convert_to_gguf(legacy, again, of_type(WeightType::kAuto));
+  const auto modern = io::GgufFile::open(legacy + ".modern");
+  const auto found = io::GgufFile::open(again);
+  ASSERT_EQ(found.names(), modern.names());
+  for (const std::string& name : modern.names()) {
+    const TensorView& a = *modern.find(name);
+    const TensorView& b = *found.find(name);
+    EXPECT_EQ(a.shape, b.shape) << name;
+    ASSERT_EQ(a.bytes(), b.bytes()) << name;
+    EXPECT_EQ(std::memcmp(a.data, b.data, a.bytes()), 0) << name;
+  }
+}
+
 TEST(Convert, SsmAIsMinusExpOfALog) {
   const io::TemporaryDirectory directory;
   const std::string file = directory.path() + "/docs.gguf";

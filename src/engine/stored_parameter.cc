@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "model/gguf_names.h"
 #include "quant/formats.h"
 
 namespace kilin {
@@ -50,7 +51,9 @@ StoredParameter StoredParameter::find(const io::Checkpoint& checkpoint, const Pa
     found.view_.data = static_cast<const std::byte*>(stored.data) + dtype_bytes(stored.dtype, source.offset);
     return found;
   }
-  fail("{}: tensor '{}' is missing, expected with shape {}", checkpoint.path(), p.name, to_string(p.shape));
+  const std::string other = checkpoint.gguf() != nullptr ? fmt::format(" (in GGUF '{}')", gguf_name(p)) : "";
+  fail("{}: tensor '{}'{} is missing, expected with shape {}", checkpoint.path(), p.name, other,
+       to_string(p.shape));
 }
 
 // Rows of head h: k_b[h] transposed to [nope][latent], then v_b[h] [value][latent].

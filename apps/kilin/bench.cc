@@ -28,6 +28,7 @@ Examples:
   kilin bench decode models/kilin-docs-10m --depth 4096
   kilin bench decode --config config.json --threads 2 --json
   kilin bench kda
+  kilin bench mla --depth 16384
   kilin bench bandwidth)";
 
 int run_bandwidth(const BenchOptions& options) {
@@ -100,7 +101,7 @@ Command add_bench(CLI::App& parent) {
   CLI::App* app = parent.add_subcommand("bench", "measure speed, and the share of what the machine can do");
   app->footer(kFooter);
   app->require_subcommand(1);
-  const std::vector<Command> benchmarks{add_bench_prefill(*app), add_bench_decode(*app), add_bench_kda(*app),
+  const std::vector<Command> benchmarks{add_bench_prefill(*app), add_bench_decode(*app), add_bench_kda(*app), add_bench_mla(*app),
                                         add_bench_bandwidth(*app)};
   return {app, [benchmarks] { return run_chosen(benchmarks); }};
 }

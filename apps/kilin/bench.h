@@ -43,5 +43,6 @@ std::string describe(const Machine& machine);
 Command add_bench_prefill(CLI::App& parent);
 Command add_bench_decode(CLI::App& parent);
 Command add_bench_kda(CLI::App& parent);
+Command add_bench_mla(CLI::App& parent);
 
 }  // namespace kilin::cli

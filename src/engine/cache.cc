@@ -22,7 +22,7 @@ Cache::Cache(const Config& c) {
     conv_floats_ = conv_history_ * (2 * qk_channels_ + v_channels_);
   }
   latent_width_ = c.mla.latent + c.mla.rope;
-  page_floats_ = kPageTokens * latent_width_ + kMlaPagePadding;
+  page_floats_ = kPageTokens * latent_width_;
 }
 
 int32_t Cache::acquire() {

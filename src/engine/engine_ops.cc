@@ -10,6 +10,7 @@
 #include "kernels/kda/kda.h"
 #include "kernels/mla/mla.h"
 #include "kernels/norm/norm.h"
+#include "quant/formats.h"
 
 namespace kilin {
 
@@ -38,9 +39,12 @@ MatmulJob EngineOps::job(const Tensor& x, const Weight& w, Tensor& y) {
 }
 
 EngineTensor EngineOps::embed(const Weight& table) {
-  Tensor x = tensor(batch_.rows(), table.matrix.cols);
+  const TensorView& view = table.table;
+  Tensor x = tensor(batch_.rows(), view.shape.at(1));
   for (int64_t r = 0; r < x.rows; ++r) {
-    widen_row(table.matrix, batch_.tokens[static_cast<size_t>(r)], x.data + r * x.width);
+    const int64_t first = batch_.tokens[static_cast<size_t>(r)] * x.width;
+    const auto* row = static_cast<const std::byte*>(view.data) + dtype_bytes(view.dtype, first);
+    quant::dequantize(view.dtype, row, x.width, x.data + r * x.width);
   }
   return x;
 }
@@ -155,7 +159,7 @@ EngineTensor EngineOps::mla_mix(const Tensor& q, const Tensor& kv, const MlaWeig
   std::vector<MlaSequence> sequences(batch_.slots.size());
   for (size_t s = 0; s < sequences.size(); ++s) {
     sequences[s] = {batch_.cu_seqlens[s], batch_.cu_seqlens[s + 1] - batch_.cu_seqlens[s], batch_.past[s],
-                    cache_.pages(layer, batch_.slots[s])};
+                    reinterpret_cast<const void* const*>(cache_.pages(layer, batch_.slots[s]))};
   }
   Tensor out = tensor(q.rows, c.heads * c.value);
   MlaParams p;
@@ -170,7 +174,11 @@ EngineTensor EngineOps::mla_mix(const Tensor& q, const Tensor& kv, const MlaWeig
   p.sequences = static_cast<int64_t>(sequences.size());
   p.sequence = sequences.data();
   p.q = q.data;
-  p.kv_b = w.kv_b.matrix;
+  const LatentHeads& heads = model_.latent_heads(layer);
+  p.k_absorb = heads.k_absorb.data();
+  p.k_expand = heads.k_expand.data();
+  p.value_up = heads.value_up.data();
+  p.cache_type = Dtype::kF32;
   p.out = out.data;
   mla_attention(p, pool_);
   return out;

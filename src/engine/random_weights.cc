@@ -58,24 +58,32 @@ LoadedModel LoadedModel::random(Config config, uint64_t seed) {
     parameters += static_cast<double>(element_count(p.shape));
   });
   check_fits(parameters);
+  // Values as a checkpoint would hold them, given back once they are packed; the embedding table stays.
+  std::vector<std::unique_ptr<BFloat16[]>> stored;
   visit_parameters(model.weights_, model.config_, [&](const Parameter& p, Weight&) {
-    const int64_t n = element_count(p.shape);
-    model.random_.push_back(std::make_unique_for_overwrite<BFloat16[]>(static_cast<size_t>(n)));
-    model.table_.push_back({p, p.name, {Dtype::kBF16, p.shape, model.random_.back().get()}});
+    stored.push_back(std::make_unique_for_overwrite<BFloat16[]>(static_cast<size_t>(element_count(p.shape))));
+    model.table_.push_back({p, p.name, {Dtype::kBF16, p.shape, stored.back().get()}});
   });
   // Every tensor has a seed of its own, so that the threads do not matter.
   ThreadPool pool(physical_cores());
   pool.parallel_for(static_cast<int64_t>(model.table_.size()), [&](int64_t i, int) {
     const Parameter& p = model.table_[static_cast<size_t>(i)].parameter;
-    BFloat16* values = model.random_[static_cast<size_t>(i)].get();
+    BFloat16* values = stored[static_cast<size_t>(i)].get();
     const int64_t n = element_count(p.shape);
     Random random(seed + static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15ull);
     if (p.role != Role::kVector) return fill_matrix(random.bits(), n, values);
     for (int64_t j = 0; j < n; ++j) values[j] = to_bfloat16(initial_vector_value(p.name, random));
   });
   size_t next = 0;
-  visit_parameters(model.weights_, model.config_,
-                   [&](const Parameter& p, Weight& w) { w = model.bind(p, model.table_[next++].view); });
+  visit_parameters(model.weights_, model.config_, [&](const Parameter& p, Weight& w) {
+    TensorView& view = model.table_[next++].view;
+    model.bind_parameter(p, {view, Transform::kNone, {}}, w);
+    if (p.role == Role::kEmbedding) model.random_table_ = std::move(stored[next - 1]);
+  });
+  model.packed_.pack(pool);
+  for (NamedWeight& w : model.table_) {
+    if (w.parameter.role != Role::kEmbedding) w.view.data = nullptr;
+  }
   model.collect_experts();
   return model;
 }

@@ -68,6 +68,7 @@ void MappedFile::advise(Access access) const {
   if (access == Access::kSequential) advice = MADV_SEQUENTIAL;
   if (access == Access::kRandom) advice = MADV_RANDOM;
   if (access == Access::kWillNeed) advice = MADV_WILLNEED;
+  if (access == Access::kDontNeed) advice = MADV_DONTNEED;
   (void)::madvise(data_, size_, advice);
 }
 

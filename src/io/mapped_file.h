@@ -8,7 +8,8 @@
 namespace kilin::io {
 
 // How a mapping will be read; a hint to the kernel, never an error.
-enum class Access { kNormal, kSequential, kRandom, kWillNeed };
+// kDontNeed: the pages read so far may leave the process; they are read again when touched.
+enum class Access { kNormal, kSequential, kRandom, kWillNeed, kDontNeed };
 
 // A whole regular file mapped read-only. An empty file maps to an empty span. The file must not be truncated
 // by others while it is mapped (reading past its new end raises SIGBUS); replacing it by rename is safe.

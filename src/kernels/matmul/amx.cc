@@ -149,6 +149,15 @@ void widen_f16(const std::byte* panel, int64_t first, int64_t chunks, std::byte*
   }
 }
 
+void widen_f32(const std::byte* panel, int64_t first, int64_t chunks, std::byte* high, std::byte* low) {
+  for (int64_t u = 0; u < chunks * 16; ++u) {
+    const std::byte* unit = panel + first * 2 * kTileBytes + u * 128;
+    const auto even = reinterpret_cast<Vec>(load_unit(unit));
+    const auto odd = reinterpret_cast<Vec>(load_unit(unit + 64));
+    store_terms(split(even, odd), high + u * 64, low + u * 64);
+  }
+}
+
 void widen(const WeightMatrix& w, const std::byte* panel, int64_t first, int64_t chunks, std::byte* high,
            std::byte* low) {
   switch (w.dtype) {
@@ -160,6 +169,8 @@ void widen(const WeightMatrix& w, const std::byte* panel, int64_t first, int64_t
       return widen_q4_k(panel, w.cols, first, chunks, high, low);
     case Dtype::kQ6_K:
       return widen_q6_k(panel, w.cols, first, chunks, high, low);
+    case Dtype::kF32:
+      return widen_f32(panel, first, chunks, high, low);
     default:
       return widen_f16(panel, first, chunks, high, low);
   }

@@ -193,8 +193,8 @@ size_t packed_bytes(Dtype dtype, int64_t rows, int64_t cols) {
          static_cast<size_t>(packed::panel_bytes(dtype, cols));
 }
 
-void pack_weights(Dtype dtype, const void* stored, int64_t rows, int64_t cols, int64_t row_begin,
-                  int64_t row_end, void* packed) {
+void pack_weights(Dtype dtype, const void* stored, [[maybe_unused]] int64_t rows, int64_t cols,
+                  int64_t row_begin, int64_t row_end, void* packed) {
   KILIN_ASSERT(cols % dtype_block(dtype) == 0);
   KILIN_ASSERT(row_begin % kRows == 0 && (row_end % kRows == 0 || row_end == rows));
   const size_t row_bytes = dtype_bytes(dtype, cols);

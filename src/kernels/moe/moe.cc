@@ -103,12 +103,13 @@ void moe_experts(int64_t tokens, int64_t hidden, int top_k, const float* x, cons
   const int64_t shared_width = shared != nullptr ? shared->gate.rows : 0;
   const int64_t inner = rows * width + tokens * shared_width;  // values of silu(gate) * up
   group_by_expert(rows, experts.size(), ids, s);
-  grow(s.x, rows * hidden);
+  const bool gather = tokens > 1;  // one token: its chosen experts all read x itself
+  if (gather) grow(s.x, rows * hidden);
   grow(s.out, rows * hidden);
   grow(s.hidden, 2 * inner);
   float* gate = s.hidden.data();
   float* up = gate + inner;
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; gather && i < rows; ++i) {
     std::memcpy(s.x.data() + s.row_of[static_cast<size_t>(i)] * hidden, x + i / top_k * hidden,
                 static_cast<size_t>(hidden) * sizeof(float));
   }
@@ -118,7 +119,7 @@ void moe_experts(int64_t tokens, int64_t hidden, int top_k, const float* x, cons
     const int64_t first = s.offsets[e];
     const int64_t count = s.offsets[e + 1] - first;
     if (count == 0) continue;
-    const float* in = s.x.data() + first * hidden;
+    const float* in = gather ? s.x.data() + first * hidden : x;
     s.jobs.push_back({count, in, hidden, experts[e].gate, gate + first * width, width});
     s.jobs.push_back({count, in, hidden, experts[e].up, up + first * width, width});
   }

@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "base/cpu.h"
@@ -87,12 +89,17 @@ class Experts : public ::testing::TestWithParam<Isa> {
   void TearDown() override { set_isa(supported_isas().back()); }
 
   WeightMatrix matrix(int64_t rows, int64_t cols) {
-    storage_.emplace_back(static_cast<size_t>(rows * cols));
-    for (float& v : storage_.back()) v = static_cast<float>(0.3 * random_.normal());
-    return {storage_.back().data(), Dtype::kF32, rows, cols};
+    std::vector<float> values(static_cast<size_t>(rows * cols));
+    for (float& v : values) v = static_cast<float>(0.3 * random_.normal());
+    const size_t size = packed_bytes(Dtype::kF32, rows, cols);
+    storage_.emplace_back(static_cast<std::byte*>(::operator new (size, std::align_val_t{kPackAlignment})));
+    pack_weights(Dtype::kF32, values.data(), rows, cols, 0, rows, storage_.back().get());
+    return {storage_.back().get(), Dtype::kF32, rows, cols};
   }
   static double at(const WeightMatrix& w, int64_t r, int64_t c) {
-    return static_cast<const float*>(w.data)[r * w.cols + c];
+    std::vector<float> row(static_cast<size_t>(w.cols));
+    unpack_row(w, r, row.data());
+    return row[static_cast<size_t>(c)];
   }
   static void add_expert(const ExpertWeights& e, const float* x, double weight, std::vector<double>& y) {
     for (int64_t i = 0; i < e.gate.rows; ++i) {
@@ -106,7 +113,10 @@ class Experts : public ::testing::TestWithParam<Isa> {
     }
   }
   Random random_{21};
-  std::vector<std::vector<float>> storage_;
+  struct Free {
+    void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{kPackAlignment}); }
+  };
+  std::vector<std::unique_ptr<std::byte, Free>> storage_;
   std::vector<ExpertWeights> experts_;
 };
 

@@ -86,8 +86,8 @@ Rates measure_rates(int repeat, double work, const std::function<void()>& prepar
 
 nlohmann::ordered_json to_json(const Rates& rates) { return {rates.low, rates.high}; }
 
-Machine probe_machine(int threads) {
-  ThreadPool pool(threads);
+Machine probe_machine(int threads, bool pin) {
+  ThreadPool pool(threads, pin);
   return {threads, measure_read_bandwidth(pool), measure_peak_flops(pool)};
 }
 

@@ -28,6 +28,7 @@ Examples:
   kilin bench decode models/kilin-docs-10m --depth 4096
   kilin bench decode --config config.json --threads 2 --json
   kilin bench kda
+  kilin bench mla --depth 16384
   kilin bench bandwidth)";
 
 int run_bandwidth(const BenchOptions& options) {
@@ -85,8 +86,8 @@ Rates measure_rates(int repeat, double work, const std::function<void()>& prepar
 
 nlohmann::ordered_json to_json(const Rates& rates) { return {rates.low, rates.high}; }
 
-Machine probe_machine(int threads) {
-  ThreadPool pool(threads);
+Machine probe_machine(int threads, bool pin) {
+  ThreadPool pool(threads, pin);
   return {threads, measure_read_bandwidth(pool), measure_peak_flops(pool)};
 }
 
@@ -100,7 +101,7 @@ Command add_bench(CLI::App& parent) {
   CLI::App* app = parent.add_subcommand("bench", "measure speed, and the share of what the machine can do");
   app->footer(kFooter);
   app->require_subcommand(1);
-  const std::vector<Command> benchmarks{add_bench_prefill(*app), add_bench_decode(*app), add_bench_kda(*app),
+  const std::vector<Command> benchmarks{add_bench_prefill(*app), add_bench_decode(*app), add_bench_kda(*app), add_bench_mla(*app),
                                         add_bench_bandwidth(*app)};
   return {app, [benchmarks] { return run_chosen(benchmarks); }};
 }

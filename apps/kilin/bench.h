@@ -37,11 +37,12 @@ struct Machine {
   double read_bytes_per_second = 0;
   double flops_per_second = 0;
 };
-Machine probe_machine(int threads);
+Machine probe_machine(int threads, bool pin = false);
 std::string describe(const Machine& machine);
 
 Command add_bench_prefill(CLI::App& parent);
 Command add_bench_decode(CLI::App& parent);
 Command add_bench_kda(CLI::App& parent);
+Command add_bench_mla(CLI::App& parent);
 
 }  // namespace kilin::cli

@@ -152,7 +152,7 @@ int run_prefill(const ModelBenchOptions& options) {
   const Rates rates = measure_rates(
       options.bench.repeat, static_cast<double>(options.tokens), [&] { sequence.clear(); }, body);
   progress.finish();
-  const Machine machine = probe_machine(threads_of(options.bench));
+  const Machine machine = probe_machine(threads_of(options.bench), options.model.pin);
   const double flops_per_token =
       prefill_flops(config_of(options), info, options.tokens) / static_cast<double>(options.tokens);
   const double flops = flops_per_token * rates.median;
@@ -201,7 +201,7 @@ int run_decode(const ModelBenchOptions& options) {
       [&] {
         for (const int32_t token : tokens) sequence.decode(token);
       });
-  const Machine machine = probe_machine(threads_of(options.bench));
+  const Machine machine = probe_machine(threads_of(options.bench), options.model.pin);
   const double bytes =
       decode_bytes(info, static_cast<double>(options.depth) + static_cast<double>(options.tokens + 1) / 2);
   const double share = bytes * rates.median / machine.read_bytes_per_second;
@@ -237,6 +237,7 @@ void add_model_bench_options(CLI::App& app, ModelBenchOptions& options) {
       ->check(at_least_one())
       ->capture_default_str()
       ->group("Engine");
+  add_cache_options(app, options.model);
 }
 
 }  // namespace

@@ -74,6 +74,16 @@ void add_threads_option(CLI::App& app, int& threads) {
       ->group("Engine");
 }
 
+void add_cache_options(CLI::App& app, ModelArguments& arguments) {
+  app.add_option("--cache-type", arguments.cache_type,
+                 "keep positions of latent attention as f16 (half the memory) or f32 (exact)")
+      ->type_name("TYPE")
+      ->check(CLI::IsMember({"f16", "f32"}).description(""))
+      ->capture_default_str()
+      ->group("Engine");
+  app.add_flag("--pin", arguments.pin, "bind each thread to a core")->group("Engine");
+}
+
 void add_engine_options(CLI::App& app, ModelArguments& arguments) {
   add_threads_option(app, arguments.threads);
   app.add_option("--device", arguments.device, "cpu or cuda")
@@ -93,6 +103,7 @@ void add_engine_options(CLI::App& app, ModelArguments& arguments) {
       ->check(in_range(1, 1 << 20, "a whole number from 1 to 1048576"))
       ->capture_default_str()
       ->group("Engine");
+  add_cache_options(app, arguments);
 }
 
 ModelOptions model_options(const ModelArguments& arguments) {
@@ -101,6 +112,8 @@ ModelOptions model_options(const ModelArguments& arguments) {
   options.threads = arguments.threads;
   options.compatibility = arguments.compatibility;
   options.prefill_chunk = arguments.prefill_chunk;
+  options.cache_type = arguments.cache_type;
+  options.pin_threads = arguments.pin;
   return options;
 }
 

@@ -18,12 +18,15 @@ struct ModelArguments {
   std::string device = "cpu";
   std::string compatibility = "transformers";
   int64_t prefill_chunk = 512;
+  std::string cache_type = "f16";
+  bool pin = false;
 };
 
-// The positional MODEL; then --threads, --device, --compat and --prefill-chunk.
+// The positional MODEL; then --threads, --device, --compat, --prefill-chunk, --cache-type and --pin.
 void add_model_argument(CLI::App& app, ModelArguments& arguments);
 void add_engine_options(CLI::App& app, ModelArguments& arguments);
 void add_threads_option(CLI::App& app, int& threads);
+void add_cache_options(CLI::App& app, ModelArguments& arguments);  // --cache-type, --pin
 
 ModelOptions model_options(const ModelArguments& arguments);
 // Without need_tokenizer the tokenizer is loaded if the checkpoint has one.

@@ -29,6 +29,11 @@ struct ModelOptions {
   // Which implementation to agree with where implementations differ (docs/decisions/compatibility.md):
   // "transformers" (the native class), "remote-code" (Moonshot's modeling_kimi.py) or "vllm".
   std::string compatibility = "transformers";
+  // What a position of an MLA layer is kept in: "f16" takes half the memory and the time of reading it, "f32" is
+  // exact and takes any value (float16 ends at 65,504: beyond it prefill and decode throw).
+  std::string cache_type = "f16";
+  // Bind each thread to a physical core, the one that loads the model too (until the model is gone).
+  bool pin_threads = false;
   int64_t prefill_chunk = 512;  // tokens computed at once in prefill: bounds the memory of activations
   bool check_finite =
       true;  // stop with an error when logits are NaN or infinite, naming the weights to blame
@@ -53,7 +58,7 @@ struct ModelInfo {
   int64_t active_weight_bytes =
       0;  // that a token reads in decode (chosen experts, head; not the embedding table)
   int64_t state_bytes_per_sequence = 0;  // KDA/GDN states and convolution states: constant in length
-  int64_t cache_bytes_per_token = 0;     // MLA latents of all MLA layers
+  int64_t cache_bytes_per_token = 0;     // MLA latents of all MLA layers, in the cache's type
   std::vector<std::pair<std::string, std::string>>
       details;  // further facts by name, in order, for `kilin info`
 };

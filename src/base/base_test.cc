@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
+#include <sched.h>
 
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <thread>
 #include <vector>
 
 #include "base/cpu.h"
@@ -74,6 +77,49 @@ TEST(ThreadPool, nested_calls_run_and_exceptions_reach_the_caller) {
 }
 
 TEST(ThreadPool, rejects_a_silly_size) { EXPECT_THROW(ThreadPool(0), Error); }
+
+cpu_set_t current_cpus() {
+  cpu_set_t cpus;
+  CPU_ZERO(&cpus);
+  EXPECT_EQ(sched_getaffinity(0, sizeof cpus, &cpus), 0);
+  return cpus;
+}
+
+TEST(ThreadPool, pinned_threads_stay_on_their_cores_and_the_caller_gets_its_own_back) {
+  const cpu_set_t before = current_cpus();
+  const std::vector<int>& cores = physical_core_cpus();
+  const auto threads = static_cast<int>(cores.size()) + 1;  // the last one shares the first core
+  {
+    ThreadPool pool(threads, true);
+    std::atomic<int> wrong{0};
+    pool.parallel_for(500, [&](int64_t, int worker) {
+      const cpu_set_t cpus = current_cpus();
+      const int expected = cores[static_cast<size_t>(worker) % cores.size()];
+      if (CPU_COUNT(&cpus) != 1 || !CPU_ISSET(static_cast<size_t>(expected), &cpus)) ++wrong;
+    });
+    EXPECT_EQ(wrong, 0);
+    EXPECT_EQ(physical_cores(), static_cast<int>(cores.size())) << "pinning must not hide cores";
+    const cpu_set_t mine = current_cpus();
+    EXPECT_EQ(CPU_COUNT(&mine), 1);
+  }
+  const cpu_set_t after = current_cpus();
+  EXPECT_TRUE(CPU_EQUAL(&before, &after));
+}
+
+TEST(ThreadPool, pools_that_are_not_pinned_leave_the_caller_alone) {
+  const cpu_set_t before = current_cpus();
+  ThreadPool pool(2);
+  const cpu_set_t during = current_cpus();
+  EXPECT_TRUE(CPU_EQUAL(&before, &during));
+}
+
+TEST(ThreadPool, a_thread_that_is_not_pinned_by_the_constructor_may_destroy_the_pool) {
+  const cpu_set_t before = current_cpus();
+  auto pool = std::make_unique<ThreadPool>(2, true);
+  std::thread([&] { pool.reset(); }).join();
+  const cpu_set_t after = current_cpus();
+  EXPECT_TRUE(CPU_EQUAL(&before, &after));
+}
 
 TEST(Cpu, portable_is_always_there_and_can_be_forced) {
   const Isa before = active_isa();

@@ -8,7 +8,6 @@
 #include <cpuid.h>
 #endif
 
-#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdlib>
@@ -90,11 +89,14 @@ Isa active_isa() {
 
 void set_isa(Isa isa) { forced_isa() = static_cast<int>(isa); }
 
-int physical_cores() {
+namespace {
+
+std::vector<int> find_core_cpus() {
   cpu_set_t allowed;
   CPU_ZERO(&allowed);
-  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return {0};
   std::set<std::pair<int, int>> cores;  // (package, core): hyper-threads of one core count once
+  std::vector<int> cpus;
   for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
     if (!CPU_ISSET(cpu, &allowed)) continue;
     const std::string topology = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
@@ -103,9 +105,18 @@ int physical_cores() {
     std::ifstream(topology + "physical_package_id") >> package;
     std::ifstream core_file(topology + "core_id");
     if (core_file) core_file >> core;
-    cores.emplace(package, core);
+    if (cores.emplace(package, core).second) cpus.push_back(cpu);
   }
-  return std::max(1, static_cast<int>(cores.size()));
+  return cpus.empty() ? std::vector<int>{0} : cpus;
 }
+
+}  // namespace
+
+const std::vector<int>& physical_core_cpus() {
+  static const std::vector<int> cpus = find_core_cpus();
+  return cpus;
+}
+
+int physical_cores() { return static_cast<int>(physical_core_cpus().size()); }
 
 }  // namespace kilin

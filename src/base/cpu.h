@@ -5,6 +5,7 @@
 #pragma once
 #include <span>
 #include <string_view>
+#include <vector>
 
 namespace kilin {
 
@@ -18,7 +19,10 @@ Isa active_isa();
 // Forces an instruction set from here on (tests loop over supported_isas()). Not for use while kernels run.
 void set_isa(Isa isa);
 
-// Number of physical cores this process may run on (at least 1).
+// One cpu number (the lowest) of each physical core this process may run on, at least one; as it was at the
+// first call, so that pinned threads do not change it.
+const std::vector<int>& physical_core_cpus();
+// Number of them.
 int physical_cores();
 
 }  // namespace kilin

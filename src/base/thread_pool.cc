@@ -1,10 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "base/thread_pool.h"
 
+#include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
 #include <chrono>
 #include <system_error>
 #include <utility>
 
+#include "base/cpu.h"
 #include "base/error.h"
 
 namespace kilin {
@@ -25,38 +32,76 @@ void pause_cpu() {
 #endif
 }
 
-// Spins until done() holds or the time is over; gives the core away now and then, so that more threads than
-// cores still make progress.
-template <class Done>
-bool spin_until(const Done& done) {
-  const auto start = std::chrono::steady_clock::now();
-  for (int round = 0;; ++round) {
-    for (int i = 0; i < 64; ++i) {
-      if (done()) return true;
-      pause_cpu();
-    }
-    if (std::chrono::steady_clock::now() - start > kSpinTime) return done();
-    if (round % 16 == 15) std::this_thread::yield();
-  }
+int set_cpus(pid_t thread, const cpu_set_t& cpus) {
+  return sched_setaffinity(thread, sizeof cpus, &cpus) == 0 ? 0 : errno;
 }
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
+// Spins until done() holds or the time is over. Gives the core away now and then, and with more threads than
+// cores all the time: the thread that is waited for may need it.
+template <class Done>
+bool ThreadPool::spin_until(const Done& done) const {
+  const auto start = std::chrono::steady_clock::now();
+  const int pauses = crowded_ ? 4 : 64;
+  for (int round = 0;; ++round) {
+    for (int i = 0; i < pauses; ++i) {
+      if (done()) return true;
+      pause_cpu();
+    }
+    if (std::chrono::steady_clock::now() - start > kSpinTime) return done();
+    if (crowded_ || round % 16 == 15) std::this_thread::yield();
+  }
+}
+
+ThreadPool::ThreadPool(int threads, bool pin) : crowded_(threads > physical_cores()) {
   check(threads >= 1 && threads <= 1024, "threads: found {}, expected 1 to 1024", threads);
   workers_.reserve(static_cast<size_t>(threads - 1));
   try {
     for (int worker = 1; worker < threads; ++worker) {
       workers_.emplace_back([this, worker] { worker_loop(worker); });
     }
+    if (pin) pin_threads();
   } catch (const std::system_error& e) {  // the destructor does not run: end what was started here
     const size_t started = workers_.size();
     stop_workers();
     fail("threads: the system started {} of {} threads: {}", started + 1, threads, e.what());
+  } catch (const Error&) {
+    stop_workers();
+    throw;
   }
 }
 
-ThreadPool::~ThreadPool() { stop_workers(); }
+void ThreadPool::pin_threads() {
+  const std::vector<int>& cores = physical_core_cpus();
+  const auto core_of = [&](size_t worker) {
+    cpu_set_t cpus;
+    CPU_ZERO(&cpus);
+    CPU_SET(static_cast<size_t>(cores[worker % cores.size()]), &cpus);
+    return cpus;
+  };
+  const auto refuse = [&](size_t worker, int error) {
+    fail("--pin: the system refuses to bind thread {} to cpu {}: {}", worker, cores[worker % cores.size()],
+         std::generic_category().message(error));
+  };
+  for (size_t i = 0; i < workers_.size(); ++i) {
+    const cpu_set_t cpus = core_of(i + 1);
+    const int error = pthread_setaffinity_np(workers_[i].native_handle(), sizeof cpus, &cpus);
+    if (error != 0) refuse(i + 1, error);
+  }
+  Unpinned before;
+  before.thread = static_cast<pid_t>(syscall(SYS_gettid));
+  if (sched_getaffinity(0, sizeof before.cpus, &before.cpus) != 0) refuse(0, errno);
+  const int error = set_cpus(0, core_of(0));
+  if (error != 0) refuse(0, error);
+  unpinned_ = before;
+}
+
+ThreadPool::~ThreadPool() {
+  stop_workers();
+  // The thread may have ended by now, or its cores were taken away: then there is nothing to give back.
+  if (unpinned_) set_cpus(unpinned_->thread, unpinned_->cpus);
+}
 
 void ThreadPool::stop_workers() {
   stop_ = true;

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // A pool of worker threads for kernels: parallel_for with little latency (a short spin before sleeping),
-// nested calls run inline, correct with more threads than cores.
+// nested calls run inline, correct with more threads than cores. On request its threads are pinned to cores.
 #pragma once
+#include <sched.h>
+#include <sys/types.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -15,8 +19,11 @@ namespace kilin {
 
 class ThreadPool {
  public:
-  // threads >= 1 counts the calling thread. Throws Error if threads < 1 or above 1,024.
-  explicit ThreadPool(int threads);
+  // threads >= 1 counts the calling thread. `pin` binds worker i to the i-th physical core this process may run
+  // on (from the first again when there are more threads), the constructing thread, worker 0, included: threads
+  // that it starts meanwhile inherit this. The destructor gives it back the cores it had. Throws Error if
+  // threads < 1 or above 1,024, or if the system refuses to pin.
+  explicit ThreadPool(int threads, bool pin = false);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -43,6 +50,15 @@ class ThreadPool {
   void worker_loop(int worker);
   void run_indices(int worker);
   void stop_workers();
+  void pin_threads();
+  template <class Done>
+  bool spin_until(const Done& done) const;
+
+  // The constructing thread's cores before it was pinned.
+  struct Unpinned {
+    pid_t thread = 0;
+    cpu_set_t cpus{};
+  };
 
   // phase_ = epoch * 65536 + workers inside. An odd epoch is open: workers may join; closing it makes it
   // even. The caller waits only for workers that joined, so one that is asleep, or that the system has
@@ -51,6 +67,8 @@ class ThreadPool {
   static bool open(uint64_t phase) { return phase / kEpoch % 2 == 1; }
 
   std::vector<std::thread> workers_;
+  bool crowded_ = false;  // more threads than cores
+  std::optional<Unpinned> unpinned_;
   std::mutex caller_mutex_;  // one parallel_for at a time
   std::mutex mutex_;         // of wake_ and error_
   std::condition_variable wake_;

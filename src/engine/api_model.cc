@@ -64,14 +64,20 @@ std::vector<int32_t> find_end_ids(const Config& config, const std::vector<int64_
   return ids;
 }
 
+EngineOptions engine_options(const ModelOptions& options) {
+  check(options.threads >= 0 && options.threads <= 1024, "threads: found {}, expected 0 (all cores) to 1024",
+        options.threads);
+  check(options.cache_type == "f16" || options.cache_type == "f32", "cache type: found '{}', expected f16 or f32",
+        options.cache_type);
+  return {options.threads, options.cache_type == "f16" ? Dtype::kF16 : Dtype::kF32, options.pin_threads};
+}
+
 }  // namespace
 
 Model::Impl::Impl(LoadedModel loaded, const ModelOptions& model_options)
-    : options(model_options), engine(std::move(loaded), model_options.threads) {
+    : options(model_options), engine(std::move(loaded), engine_options(model_options)) {
   check(options.prefill_chunk >= 1 && options.prefill_chunk <= 1 << 20,
         "prefill chunk: found {}, expected 1 to 1048576 tokens", options.prefill_chunk);
-  check(options.threads >= 0 && options.threads <= 1024, "threads: found {}, expected 0 (all cores) to 1024",
-        options.threads);
   engine.set_check_finite(options.check_finite);
 }
 

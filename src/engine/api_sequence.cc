@@ -116,7 +116,7 @@ namespace {
 
 // A checkpoint is this header, the cache's bytes, and the logits if there are any.
 struct CheckpointHeader {
-  std::array<char, 8> magic{'K', 'I', 'L', 'I', 'N', 'S', 'Q', '1'};
+  std::array<char, 8> magic{'K', 'I', 'L', 'I', 'N', 'S', 'Q', '2'};
   uint64_t shape = 0;  // of the model
   int64_t length = 0;
   int64_t logits = 0;
@@ -163,13 +163,14 @@ void Sequence::restore(std::span<const std::byte> bytes) {
         bytes.size(), sizeof header);
   std::memcpy(&header, bytes.data(), sizeof header);
   const Config& config = s.model->engine.config();
-  check(header.magic == CheckpointHeader{}.magic, "sequence checkpoint: does not begin with KILINSQ1");
+  check(header.magic == CheckpointHeader{}.magic, "sequence checkpoint: does not begin with KILINSQ2");
   check(header.shape == shape_fingerprint(config), "sequence checkpoint: made with a model of another shape");
   check(header.length >= 0 && header.length <= config.max_length,
         "sequence checkpoint: found length {}, expected 0 to {}", header.length, config.max_length);
   check(header.logits == (header.length > 0 ? config.vocab_size : 0),
         "sequence checkpoint: found {} logits, expected {}", header.logits,
         header.length > 0 ? config.vocab_size : 0);
+  s.model->engine.cache().check_saved(bytes.subspan(sizeof header));
   const size_t cache_bytes = s.model->engine.cache().saved_bytes(header.length);
   const size_t expected = sizeof header + cache_bytes + static_cast<size_t>(header.logits) * sizeof(float);
   check(bytes.size() == expected, "sequence checkpoint: found {} bytes, expected {} for {} tokens",

@@ -2,7 +2,9 @@
 #include "engine/cache.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <new>
 
 #include "base/error.h"
 #include "kernels/mla/mla.h"
@@ -11,7 +13,21 @@ namespace kilin {
 
 static_assert(Cache::kPageTokens % kMlaKeyBlock == 0);
 
-Cache::Cache(const Config& c) {
+namespace {
+
+constexpr std::align_val_t kPageAlignment{64};
+
+// What saved bytes begin with.
+struct SavedHeader {
+  uint32_t latent_bits;  // of one value
+  uint32_t reserved = 0;
+};
+
+}  // namespace
+
+Cache::Cache(const Config& c, Dtype latent_type) : latent_type_(latent_type) {
+  check(latent_type == Dtype::kF16 || latent_type == Dtype::kF32, "cache type: found {}, expected F16 or F32",
+        dtype_name(latent_type));
   for (LayerKind kind : c.layers)
     index_.push_back(kind == LayerKind::kMla ? mla_layers_++ : linear_layers_++);
   if (linear_layers_ > 0) {
@@ -22,7 +38,8 @@ Cache::Cache(const Config& c) {
     conv_floats_ = conv_history_ * (2 * qk_channels_ + v_channels_);
   }
   latent_width_ = c.mla.latent + c.mla.rope;
-  page_floats_ = kPageTokens * latent_width_;
+  row_bytes_ = latent_width_ * static_cast<int64_t>(dtype_size(latent_type));
+  page_bytes_ = kPageTokens * row_bytes_;  // a multiple of 64: every layer's part is aligned
 }
 
 int32_t Cache::acquire() {
@@ -69,7 +86,10 @@ float* Cache::conv(int layer, ConvStream stream) {
 }
 
 Cache::Page Cache::new_page() const {
-  return Page(new float[static_cast<size_t>(mla_layers_ * page_floats_)]());
+  const auto bytes = static_cast<size_t>(mla_layers_ * page_bytes_);
+  auto* memory = static_cast<std::byte*>(::operator new(bytes, kPageAlignment));
+  std::memset(memory, 0, bytes);
+  return Page(memory, [](std::byte* p) { ::operator delete(p, kPageAlignment); });
 }
 
 void Cache::set_page(Latents& latents, size_t index, Page page) const {
@@ -78,7 +98,7 @@ void Cache::set_page(Latents& latents, size_t index, Page page) const {
     for (auto& pointers : latents.pointers) pointers.push_back(nullptr);
   }
   for (int64_t i = 0; i < mla_layers_; ++i) {
-    latents.pointers[static_cast<size_t>(i)][index] = page.get() + i * page_floats_;
+    latents.pointers[static_cast<size_t>(i)][index] = page.get() + i * page_bytes_;
   }
   latents.pages[index] = std::move(page);
 }
@@ -93,19 +113,32 @@ void Cache::reserve(int32_t slot, int64_t from, int64_t tokens) {
       set_page(latents, i, new_page());
     } else if (latents.pages[i].use_count() > 1) {
       Page own = new_page();
-      std::copy_n(latents.pages[i].get(), mla_layers_ * page_floats_, own.get());
+      std::copy_n(latents.pages[i].get(), mla_layers_ * page_bytes_, own.get());
       set_page(latents, i, std::move(own));
     }
   }
 }
 
-float* Cache::latent_row(int layer, int32_t slot, int64_t position) {
+std::byte* Cache::row_at(int layer, int32_t slot, int64_t position) const {
   const Latents& latents = latents_[static_cast<size_t>(slot)];
-  float* page = latents.pages[static_cast<size_t>(position / kPageTokens)].get();
-  return page + linear_index(layer) * page_floats_ + position % kPageTokens * latent_width_;
+  std::byte* page = latents.pages[static_cast<size_t>(position / kPageTokens)].get();
+  return page + linear_index(layer) * page_bytes_ + position % kPageTokens * row_bytes_;
 }
 
-const float* const* Cache::pages(int layer, int32_t slot) const {
+void Cache::store_latent(int layer, int32_t slot, int64_t position, const float* row) {
+  if (mla_store_row(latent_type_, latent_width_, row, row_at(layer, slot, position))) return;
+  const auto larger = [](float a, float b) {
+    return std::abs(a) < std::abs(b) && std::isfinite(b);
+  };
+  fail("layer {}: a latent of size {} is beyond float16's 65504: use a float32 cache (--cache-type f32)",
+       layer + 1, *std::max_element(row, row + latent_width_, larger));
+}
+
+void Cache::load_latent(int layer, int32_t slot, int64_t position, float* row) const {
+  mla_load_row(latent_type_, latent_width_, row_at(layer, slot, position), row);
+}
+
+const void* const* Cache::pages(int layer, int32_t slot) const {
   return latents_[static_cast<size_t>(slot)].pointers[static_cast<size_t>(linear_index(layer))].data();
 }
 
@@ -115,48 +148,62 @@ int64_t Cache::state_bytes() const {
 
 int64_t Cache::bytes(int32_t slot) const {
   const auto pages = static_cast<int64_t>(latents_[static_cast<size_t>(slot)].pages.size());
-  return state_bytes() + pages * mla_layers_ * page_floats_ * static_cast<int64_t>(sizeof(float));
+  return state_bytes() + pages * mla_layers_ * page_bytes_;
 }
 
 size_t Cache::saved_bytes(int64_t tokens) const {
-  return static_cast<size_t>(state_bytes() + tokens * bytes_per_token());
+  return sizeof(SavedHeader) + static_cast<size_t>(state_bytes() + tokens * bytes_per_token());
 }
 
 std::vector<std::byte> Cache::save(int32_t slot, int64_t tokens) const {
   std::vector<std::byte> bytes(saved_bytes(tokens));
   std::byte* at = bytes.data();
-  const auto put = [&](const float* values, int64_t n) {
-    std::memcpy(at, values, static_cast<size_t>(n) * sizeof(float));
-    at += static_cast<size_t>(n) * sizeof(float);
+  const auto put = [&](const void* values, int64_t n) {
+    std::memcpy(at, values, static_cast<size_t>(n));
+    at += n;
   };
-  put(state_.data() + slot * state_stride(), state_stride());
-  put(conv_.data() + slot * conv_stride(), conv_stride());
+  const SavedHeader header{static_cast<uint32_t>(8 * dtype_size(latent_type_))};
+  put(&header, sizeof header);
+  put(state_.data() + slot * state_stride(), state_stride() * static_cast<int64_t>(sizeof(float)));
+  put(conv_.data() + slot * conv_stride(), conv_stride() * static_cast<int64_t>(sizeof(float)));
   const Latents& latents = latents_[static_cast<size_t>(slot)];
   for (const auto& pointers : latents.pointers) {
     for (int64_t t = 0; t < tokens; t += kPageTokens) {
-      put(pointers[static_cast<size_t>(t / kPageTokens)], std::min(kPageTokens, tokens - t) * latent_width_);
+      put(pointers[static_cast<size_t>(t / kPageTokens)], std::min(kPageTokens, tokens - t) * row_bytes_);
     }
   }
   KILIN_ASSERT(at == bytes.data() + bytes.size());
   return bytes;
 }
 
+void Cache::check_saved(std::span<const std::byte> bytes) const {
+  SavedHeader header{};
+  check(bytes.size() >= sizeof header, "sequence checkpoint: found {} bytes, expected at least {}", bytes.size(),
+        sizeof header);
+  std::memcpy(&header, bytes.data(), sizeof header);
+  const size_t bits = 8 * dtype_size(latent_type_);
+  check(header.latent_bits == bits,
+        "sequence checkpoint: latents of {} bits, this model keeps {} (--cache-type f{} reads it)",
+        header.latent_bits, bits, header.latent_bits);
+}
+
 void Cache::load(int32_t slot, int64_t tokens, std::span<const std::byte> bytes) {
+  check_saved(bytes);
   KILIN_ASSERT(bytes.size() == saved_bytes(tokens));
   clear(slot);
   reserve(slot, 0, tokens);
-  const std::byte* at = bytes.data();
-  const auto get = [&](float* values, int64_t n) {
-    std::memcpy(values, at, static_cast<size_t>(n) * sizeof(float));
-    at += static_cast<size_t>(n) * sizeof(float);
+  const std::byte* at = bytes.data() + sizeof(SavedHeader);
+  const auto get = [&](void* values, int64_t n) {
+    std::memcpy(values, at, static_cast<size_t>(n));
+    at += n;
   };
-  get(state_.data() + slot * state_stride(), state_stride());
-  get(conv_.data() + slot * conv_stride(), conv_stride());
+  get(state_.data() + slot * state_stride(), state_stride() * static_cast<int64_t>(sizeof(float)));
+  get(conv_.data() + slot * conv_stride(), conv_stride() * static_cast<int64_t>(sizeof(float)));
   Latents& latents = latents_[static_cast<size_t>(slot)];
   for (int64_t i = 0; i < mla_layers_; ++i) {
     for (int64_t t = 0; t < tokens; t += kPageTokens) {
-      get(latents.pages[static_cast<size_t>(t / kPageTokens)].get() + i * page_floats_,
-          std::min(kPageTokens, tokens - t) * latent_width_);
+      get(latents.pages[static_cast<size_t>(t / kPageTokens)].get() + i * page_bytes_,
+          std::min(kPageTokens, tokens - t) * row_bytes_);
     }
   }
 }

@@ -8,10 +8,10 @@
 
 namespace kilin {
 
-Engine::Engine(LoadedModel model, int threads)
+Engine::Engine(LoadedModel model, const EngineOptions& options)
     : model_(std::move(model)),
-      cache_(model_.config()),
-      pool_(threads > 0 ? threads : physical_cores()),
+      cache_(model_.config(), options.cache_type),
+      pool_(options.threads > 0 ? options.threads : physical_cores(), options.pin_threads),
       ops_(model_, cache_, pool_) {}
 
 std::span<const float> Engine::forward(const Batch& batch) {

@@ -11,10 +11,16 @@
 
 namespace kilin {
 
+struct EngineOptions {
+  int threads = 0;                 // 0: the physical cores
+  Dtype cache_type = Dtype::kF16;  // of MLA latents: kF16, or kF32 to be exact
+  bool pin_threads = false;        // bind threads to cores (base/thread_pool.h)
+};
+
 // A loaded model, its cache and its threads: computes one batch at a time. Not thread-safe.
 class Engine {
  public:
-  Engine(LoadedModel model, int threads);
+  Engine(LoadedModel model, const EngineOptions& options);
 
   const Config& config() const { return model_.config(); }
   const LoadedModel& model() const { return model_; }

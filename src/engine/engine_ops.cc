@@ -133,17 +133,25 @@ EngineTensor EngineOps::gated_rms_norm(const Tensor& x, const Weight& w, const T
 // Cache rows of the batch's tokens: the latent after its norm, and the shared key part as it is or rotated.
 void EngineOps::append_latents(const Tensor& kv, const MlaWeights<Weight>& w, int layer) {
   const MlaConfig& c = config_.mla;
+  const auto scope = this->scope();
+  const Tensor rows = tensor(kv.rows, c.latent + c.rope);
+  kilin::rms_norm(kv.rows, c.latent, kv.data, kv.width, w.kv_norm.vector, static_cast<float>(c.latent_norm_eps),
+                  rows.data, rows.width, pool_);
+  const auto store = [&](int64_t r, int32_t slot) {
+    const int64_t position = positions_[static_cast<size_t>(r)];
+    float* row = rows.data + r * rows.width;
+    std::memcpy(row + c.latent, kv.data + r * kv.width + c.latent, static_cast<size_t>(c.rope) * sizeof(float));
+    if (c.use_rope) rope_interleaved(1, c.rope, c.rope_theta, &position, row + c.latent, c.rope);
+    cache_.store_latent(layer, slot, position, row);
+  };
   for (int s = 0; s < batch_.sequences(); ++s) {
     const auto at = static_cast<size_t>(s);
-    for (int64_t r = batch_.cu_seqlens[at]; r < batch_.cu_seqlens[at + 1]; ++r) {
-      const int64_t position = positions_[static_cast<size_t>(r)];
-      float* row = cache_.latent_row(layer, batch_.slots[at], position);
-      const float* source = kv.data + r * kv.width;
-      kilin::rms_norm(1, c.latent, source, kv.width, w.kv_norm.vector, static_cast<float>(c.latent_norm_eps),
-                      row, cache_.latent_width(), pool_);
-      std::memcpy(row + c.latent, source + c.latent, static_cast<size_t>(c.rope) * sizeof(float));
-      if (c.use_rope) rope_interleaved(1, c.rope, c.rope_theta, &position, row + c.latent, c.rope);
-    }
+    const int64_t begin = batch_.cu_seqlens[at];
+    const int64_t count = batch_.cu_seqlens[at + 1] - begin;
+    constexpr int64_t kRows = 64;  // of one task
+    pool_.parallel_for((count + kRows - 1) / kRows, [&](int64_t i, int) {
+      for (int64_t r = i * kRows; r < std::min(count, (i + 1) * kRows); ++r) store(begin + r, batch_.slots[at]);
+    });
   }
 }
 
@@ -159,7 +167,7 @@ EngineTensor EngineOps::mla_mix(const Tensor& q, const Tensor& kv, const MlaWeig
   std::vector<MlaSequence> sequences(batch_.slots.size());
   for (size_t s = 0; s < sequences.size(); ++s) {
     sequences[s] = {batch_.cu_seqlens[s], batch_.cu_seqlens[s + 1] - batch_.cu_seqlens[s], batch_.past[s],
-                    reinterpret_cast<const void* const*>(cache_.pages(layer, batch_.slots[s]))};
+                    cache_.pages(layer, batch_.slots[s])};
   }
   Tensor out = tensor(q.rows, c.heads * c.value);
   MlaParams p;
@@ -178,7 +186,7 @@ EngineTensor EngineOps::mla_mix(const Tensor& q, const Tensor& kv, const MlaWeig
   p.k_absorb = heads.k_absorb.data();
   p.k_expand = heads.k_expand.data();
   p.value_up = heads.value_up.data();
-  p.cache_type = Dtype::kF32;
+  p.cache_type = cache_.latent_type();
   p.out = out.data;
   mla_attention(p, pool_);
   return out;

@@ -62,6 +62,7 @@ std::vector<std::pair<std::string, std::string>> details(const Engine& engine, c
     d.emplace_back("latent attention",
                    fmt::format("{} heads, latent {}, key {} + {} shared, value {}", c.mla.heads, c.mla.latent,
                                c.mla.nope, c.mla.rope, c.mla.value));
+    d.emplace_back("latent cache", engine.cache().latent_type() == Dtype::kF16 ? "float16" : "float32");
     d.emplace_back("positions", c.mla.use_rope ? fmt::format("RoPE, theta {}", c.mla.rope_theta) : "none");
     d.emplace_back("latent norm eps", fmt::format("{}", c.mla.latent_norm_eps));
   }

@@ -2,6 +2,7 @@
 // The public API: what users rely on about sequences and their states.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -263,9 +264,9 @@ TEST_F(Api, info_counts_what_the_reference_states) {
   EXPECT_EQ(info.mla_layers, 2);
   EXPECT_EQ(info.moe_layers, 7);
   EXPECT_NEAR(static_cast<double>(info.active_parameters), 6.0e6, 0.1e6);
-  // 6 layers x (4 heads x 64 x 64 + 3 x 768 inputs) floats; 2 layers x (64 + 16) floats a token
+  // 6 layers x (4 heads x 64 x 64 + 3 x 768 inputs) floats; 2 layers x (64 + 16) float16 values a token
   EXPECT_EQ(info.state_bytes_per_sequence, 6 * (4 * 64 * 64 + 3 * 768) * 4);
-  EXPECT_EQ(info.cache_bytes_per_token, 2 * 80 * 4);
+  EXPECT_EQ(info.cache_bytes_per_token, 2 * 80 * 2);
   EXPECT_EQ(model_->end_ids(), (std::vector<int32_t>{7937, 7938, 7945}));
 }
 
@@ -277,7 +278,31 @@ TEST_F(Api, memory_of_a_sequence_grows_by_the_latents_only) {
   const int64_t two_pages = s.bytes();
   s.prefill(prompt(256));
   EXPECT_EQ(s.bytes() - two_pages, two_pages - one_page);
-  EXPECT_NEAR(static_cast<double>(two_pages - one_page), 256.0 * 640, 1024);
+  EXPECT_NEAR(static_cast<double>(two_pages - one_page), 256.0 * 320, 1024);
+}
+
+TEST_F(Api, the_type_of_the_cache_is_a_choice_and_goes_with_checkpoints) {
+  const Model exact = Model::load(bundled_model(), {.cache_type = "f32", .require_tokenizer = false});
+  EXPECT_EQ(exact.info().cache_bytes_per_token, 2 * model_->info().cache_bytes_per_token);
+  Sequence a = exact.new_sequence();
+  Sequence b = model_->new_sequence();
+  a.prefill(prompt(70));
+  b.prefill(prompt(70));
+  EXPECT_LT(relative_error(logits(b), logits(a)), std::sqrt(2.0) * 0x1p-11);  // two MLA layers
+  EXPECT_NE(logits(b), logits(a));
+  const std::string error = error_of([&] { b.restore(a.checkpoint()); });
+  EXPECT_NE(error.find("--cache-type f32"), std::string::npos) << error;
+  EXPECT_EQ(b.length(), 70);
+  EXPECT_THROW(Model::load(bundled_model(), {.cache_type = "f8"}), std::runtime_error);
+}
+
+TEST_F(Api, pinned_threads_compute_the_same) {
+  const Model pinned = Model::load(bundled_model(), {.threads = 2, .pin_threads = true, .require_tokenizer = false});
+  Sequence a = pinned.new_sequence();
+  Sequence b = model_->new_sequence();
+  a.prefill(prompt(20));
+  b.prefill(prompt(20));
+  EXPECT_EQ(logits(a), logits(b));
 }
 
 }  // namespace

@@ -86,7 +86,7 @@ class Family : public ::testing::TestWithParam<std::tuple<Isa, Variant>> {
 
   void expect_agreement(const std::string& compat) {
     const Config config = config_of(std::get<1>(GetParam()), compat);
-    Engine engine(LoadedModel::random(config, 77), 2);
+    Engine engine(LoadedModel::random(config, 77), {2, Dtype::kF32});
     ModelWeights<Matrix<double>> weights(config);
     size_t i = 0;
     visit_parameters(weights, config, [&](const Parameter& p, Matrix<double>& w) {
@@ -134,7 +134,7 @@ TEST(Compatibility, choices_change_the_result) {
     const std::string directory = reference_path("tiny-random");
     Engine engine(LoadedModel::load(read_config_file(directory + "/config.json", compat),
                                     io::Checkpoint::open(directory)),
-                  1);
+                  {1, Dtype::kF32});
     return run(engine, engine.cache().acquire(), 0, Golden("tiny_random_t130").ids("input_ids"));
   };
   const auto native = logits("transformers"), remote = logits("remote-code"), vllm = logits("vllm");

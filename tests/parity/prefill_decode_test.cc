@@ -32,7 +32,7 @@ class Parity : public ::testing::TestWithParam<Isa> {
  protected:
   void SetUp() override {
     set_isa(GetParam());
-    engine_ = std::make_unique<Engine>(load_model(bundled_model()), 2);
+    engine_ = std::make_unique<Engine>(load_model(bundled_model()), EngineOptions{2, Dtype::kF32});
   }
   void TearDown() override { set_isa(supported_isas().back()); }
   int64_t vocab() const { return engine_->config().vocab_size; }
@@ -123,7 +123,7 @@ TEST_P(Parity, the_number_of_threads_does_not_change_a_bit) {
   const auto ids = random_tokens(200, vocab(), 4);
   std::vector<std::vector<float>> results;
   for (int threads : {1, 2, 5}) {
-    Engine engine(load_model(bundled_model()), threads);
+    Engine engine(load_model(bundled_model()), {threads});
     const int32_t slot = engine.cache().acquire();
     auto logits = run(engine, slot, 0, std::span(ids).first(199));
     const auto last = run(engine, slot, 199, std::span(ids).last(1));

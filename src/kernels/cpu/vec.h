@@ -155,23 +155,30 @@ KILIN_INLINE void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
-// v with lanes i and i ^ width exchanged
-KILIN_INLINE Vec swap_lanes(Vec v, int width) {
+// v with lanes i and i ^ kWidth exchanged
+template <int kWidth>
+KILIN_INLINE Vec swap_lanes(Vec v) {
   VecInt index{};
-  for (int i = 0; i < kLanes; ++i) index[i] = i ^ width;
+  for (int i = 0; i < kLanes; ++i) index[i] = i ^ kWidth;
   return shuffle2(v, v, index);
 }
 
+template <int kWidth = kLanes / 2>
 KILIN_INLINE float reduce_add(Vec v) {
-#pragma GCC unroll 4
-  for (int width = kLanes / 2; width > 0; width /= 2) v += swap_lanes(v, width);
-  return v[0];
+  if constexpr (kWidth > 0) {
+    return reduce_add<kWidth / 2>(v + swap_lanes<kWidth>(v));
+  } else {
+    return v[0];
+  }
 }
 
+template <int kWidth = kLanes / 2>
 KILIN_INLINE float reduce_max(Vec v) {
-#pragma GCC unroll 4
-  for (int width = kLanes / 2; width > 0; width /= 2) v = max(v, swap_lanes(v, width));
-  return v[0];
+  if constexpr (kWidth > 0) {
+    return reduce_max<kWidth / 2>(max(v, swap_lanes<kWidth>(v)));
+  } else {
+    return v[0];
+  }
 }
 
 // e^x within 2 ulp for x in [-87.3, 88.7]; 0 below -87.3 (so that e^-inf = 0 and no subnormal arithmetic

@@ -13,7 +13,7 @@ namespace {
 
 // A sequence is cut into pieces of at least kPieceKeys keys, at most kMaxPieces of them. The cut depends on its
 // length and its rows alone, not on the number of threads nor on other sequences, so neither do the sums.
-constexpr int64_t kPieceKeys = 256;
+constexpr int64_t kPieceKeys = 1024;
 constexpr int64_t kMaxPieces = 128;
 // Bound of the partial sums of one pass, whatever the lengths and the number of queries: 16 MB.
 constexpr int64_t kContextFloats = int64_t{4} << 20;

@@ -12,41 +12,55 @@ namespace {
 // kContextRows rows x up to 3 vectors of latents, one key per step.
 inline constexpr int kScoreRows = 4;
 inline constexpr int kScoreKeys = kRegisters == 32 ? 4 : 2;
+inline constexpr int kScoreSets = kScoreRows * kScoreKeys / kLanes;  // of sums that are added across lanes
 inline constexpr int kContextRows = kRegisters == 32 ? 8 : 4;
+// Keys whose rows are floats at a time: 16 x 576 are 36 KB.
+inline constexpr int64_t kWidenedKeys = 8;
 // Row tiles behind this row do not prefetch: the block's lines are spread over the work of the first ones.
 inline constexpr int64_t kPrefetchRows = 8;
 
 static_assert(kMlaRowTile % kScoreRows == 0 && kMlaRowTile % kContextRows == 0);
 static_assert(kScoreRows * kScoreKeys % kLanes == 0);
 
-// The lines of the next block of keys, asked for one by one.
+// The lines of the next block of keys that were not asked for yet.
 struct Ahead {
   const char* at = nullptr;
   const char* end = nullptr;
-};
-template <bool kPrefetch>
-KILIN_INLINE void ask(Ahead& ahead) {
-  if constexpr (kPrefetch) {
-    if (ahead.at < ahead.end) __builtin_prefetch(ahead.at, 0, 2);
-    ahead.at += 64;
+  // The first of the next n lines, or nullptr. Lines behind the block's end may be asked for: that does no harm.
+  const char* take(int64_t n) {
+    if (at >= end) return nullptr;
+    const char* first = at;
+    at += n * 64;
+    return first;
   }
-}
+};
+KILIN_INLINE void ask(const char* line) { __builtin_prefetch(line, 0, 2); }
 
 // lane i of the result = the sum of the lanes of v[i]
-KILIN_INLINE Vec reduce_lanes(Vec* v) {
-#pragma GCC unroll 4
-  for (int n = kLanes / 2; n > 0; n /= 2) {
+template <int kCount>
+KILIN_INLINE Vec reduce_lanes(const Vec (&v)[kCount]) {
+  if constexpr (kCount == 1) {
+    return v[0];
+  } else {
+    Vec half[kCount / 2];
 #pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) v[i] = interleave_low(v[i], v[i + n]) + interleave_high(v[i], v[i + n]);
+    for (int i = 0; i < kCount / 2; ++i) {
+      half[i] = interleave_low(v[i], v[i + kCount / 2]) + interleave_high(v[i], v[i + kCount / 2]);
+    }
+    return reduce_lanes(half);
   }
-  return v[0];
 }
 
-// scores[r][k] = q[r] . key[k] over `width` floats, whole vectors
+// scores[r][k] = q[r] . key[k] over `width` floats, whole vectors; a line of `ahead` every other step
 template <bool kPrefetch>
 KILIN_INLINE void score_tile(int64_t width, const float* const (&q)[kScoreRows],
-                             const float* const (&key)[kScoreKeys], float* scores, Ahead& ahead) {
-  Vec acc[kScoreRows * kScoreKeys] = {};
+                             const float* const (&key)[kScoreKeys], float* scores, const char* ahead) {
+  Vec acc[kScoreSets][kLanes];
+#pragma GCC unroll 2
+  for (int s = 0; s < kScoreSets; ++s) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) acc[s][i] = zero();
+  }
   for (int64_t c = 0; c < width; c += kLanes) {
     Vec k[kScoreKeys];
 #pragma GCC unroll 4
@@ -55,23 +69,28 @@ KILIN_INLINE void score_tile(int64_t width, const float* const (&q)[kScoreRows],
     for (int r = 0; r < kScoreRows; ++r) {
       const Vec query = load(q[r] + c);
 #pragma GCC unroll 4
-      for (int j = 0; j < kScoreKeys; ++j) acc[r * kScoreKeys + j] += query * k[j];
+      for (int j = 0; j < kScoreKeys; ++j) {
+        const int i = r * kScoreKeys + j;
+        acc[i / kLanes][i % kLanes] += query * k[j];
+      }
     }
-    if (c % (2 * kLanes) == 0) ask<kPrefetch>(ahead);
+    if constexpr (kPrefetch) {
+      if (c % (2 * kLanes) == 0) ask(ahead + c / kLanes * 32);
+    }
   }
-  float sums[kScoreRows * kScoreKeys];
+  float sums[kScoreSets * kLanes];
 #pragma GCC unroll 2
-  for (int i = 0; i < kScoreRows * kScoreKeys; i += kLanes) store(sums + i, reduce_lanes(acc + i));
+  for (int s = 0; s < kScoreSets; ++s) store(sums + s * kLanes, reduce_lanes(acc[s]));
 #pragma GCC unroll 4
   for (int r = 0; r < kScoreRows; ++r) {
     std::memcpy(scores + r * kMlaKeyBlock, sums + r * kScoreKeys, kScoreKeys * sizeof(float));
   }
 }
 
-// context[r][0..kVectors lanes) += sum over keys of weights[r][key] latents[key]
+// context[r][0..kVectors lanes) += sum over keys of weights[r][key] latents[key]; a line of `ahead` each step
 template <int kVectors, bool kPrefetch>
 KILIN_INLINE void context_tile(int64_t keys, const float* weights, const float* latents, int64_t stride,
-                               float* context, int64_t context_stride, Ahead& ahead) {
+                               float* context, int64_t context_stride, const char* ahead) {
   Vec acc[kContextRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kContextRows; ++r) {
@@ -88,7 +107,7 @@ KILIN_INLINE void context_tile(int64_t keys, const float* weights, const float* 
 #pragma GCC unroll 3
       for (int v = 0; v < kVectors; ++v) acc[r][v] += w * c[v];
     }
-    ask<kPrefetch>(ahead);
+    if constexpr (kPrefetch) ask(ahead + j * 64);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kContextRows; ++r) {
@@ -97,52 +116,90 @@ KILIN_INLINE void context_tile(int64_t keys, const float* weights, const float* 
   }
 }
 
-// A block of keys: rows of floats, `stride` apart, in the cache itself or widened from it as they are needed.
+// A block of keys: `keys` rows of the cache. Their floats are in the cache itself (float32 in whole vectors) or
+// are widened a few rows at a time into `widened`, which stays in the first-level cache: twice, for scores and
+// for contexts, because all of a block's rows as floats would go to the second level and back.
 struct Block {
   int64_t keys;
-  const char* cache;   // the first cache row
-  int64_t row_bytes;   // between cache rows
-  float* widened;      // nullptr: the cache holds whole vectors of float32
-  const float* rows;
+  const char* cache;  // the first cache row
+  int64_t row_bytes;  // between cache rows
+  Dtype type;
+  float* widened;  // nullptr: the cache is read as it is
+};
+struct Rows {
+  const float* first;
   int64_t stride;
 };
+
+// Rows [begin, end) of the block, the first `width` values of each.
+KILIN_INLINE Rows block_rows(const Block& block, int64_t begin, int64_t end, int64_t width, int64_t stride) {
+  const char* cache = block.cache + begin * block.row_bytes;
+  if (block.widened == nullptr) return {reinterpret_cast<const float*>(cache), block.row_bytes / 4};
+  for (int64_t i = 0; i < end - begin; ++i) {
+    widen_row(block.type, width, cache + i * block.row_bytes, block.widened + i * stride);
+  }
+  return {block.widened, stride};
+}
 
 void block_scores(const MlaPiece& t, const Block& block, float* scores, Ahead& ahead) {
   const MlaParams& p = *t.params;
   const int64_t width = p.latent + p.rope;
   const int64_t padded = mla_padded(width);
-  for (int64_t j = 0; j < block.keys; j += kScoreKeys) {
-    const float* key[kScoreKeys];
-    for (int k = 0; k < kScoreKeys; ++k) {
-      const int64_t row = least(j + k, block.keys - 1);
-      key[k] = block.rows + row * block.stride;
-      if (block.widened != nullptr && j + k == row) {
-        widen_row(p.cache_type, width, block.cache + row * block.row_bytes, block.widened + row * padded);
-      }
-    }
+  for (int64_t first = 0; first < block.keys; first += kWidenedKeys) {
+    const int64_t last = least(block.keys, first + kWidenedKeys);
+    const Rows rows = block_rows(block, first, last, width, padded);
     for (int64_t r = 0; r < t.rows; r += kScoreRows) {
       const float* q[kScoreRows];
       for (int i = 0; i < kScoreRows; ++i) q[i] = t.queries + least(r + i, t.rows - 1) * padded;
-      float* to = scores + r * kMlaKeyBlock + j;
-      if (r < kPrefetchRows) {
-        score_tile<true>(padded, q, key, to, ahead);
-      } else {
-        score_tile<false>(padded, q, key, to, ahead);
+      for (int64_t j = first; j < last; j += kScoreKeys) {
+        const float* key[kScoreKeys];
+        for (int k = 0; k < kScoreKeys; ++k) key[k] = rows.first + (least(j + k, last - 1) - first) * rows.stride;
+        float* to = scores + r * kMlaKeyBlock + j;
+        const char* lines = r < kPrefetchRows ? ahead.take(padded / (2 * kLanes)) : nullptr;
+        if (lines != nullptr) {
+          score_tile<true>(padded, q, key, to, lines);
+        } else {
+          score_tile<false>(padded, q, key, to, nullptr);
+        }
       }
     }
   }
 }
 
-template <bool kPrefetch>
-void context_rows(const Block& block, int64_t columns, const float* weights, float* context, Ahead& ahead) {
-  int64_t c = 0;
-  for (; c + 3 * kLanes <= columns; c += 3 * kLanes) {
-    context_tile<3, kPrefetch>(block.keys, weights, block.rows + c, block.stride, context + c, columns,
-                               ahead);
+template <int kVectors>
+KILIN_INLINE void context_columns(int64_t keys, const float* weights, const Rows& rows, int64_t begin,
+                                  float* context, int64_t columns, const char* ahead) {
+  if (ahead != nullptr) {
+    context_tile<kVectors, true>(keys, weights, rows.first + begin, rows.stride, context + begin, columns,
+                                 ahead);
+  } else {
+    context_tile<kVectors, false>(keys, weights, rows.first + begin, rows.stride, context + begin, columns,
+                                  nullptr);
   }
-  for (; c < columns; c += kLanes) {
-    context_tile<1, kPrefetch>(block.keys, weights, block.rows + c, block.stride, context + c, columns,
-                               ahead);
+}
+
+void block_contexts(const MlaPiece& t, const Block& block, const float* scores, Ahead& ahead) {
+  const int64_t columns = mla_padded(t.params->latent);
+  for (int64_t first = 0; first < block.keys; first += kWidenedKeys) {
+    const int64_t keys = least(kWidenedKeys, block.keys - first);
+    const Rows rows = block_rows(block, first, first + keys, t.params->latent, columns);
+    for (int64_t r = 0; r < t.rows; r += kContextRows) {
+      const float* weights = scores + r * kMlaKeyBlock + first;
+      float* context = t.context + r * columns;
+      for (int64_t c = 0; c < columns;) {
+        const char* lines = r < kPrefetchRows ? ahead.take(keys) : nullptr;
+        if (c + 3 * kLanes <= columns) {
+          context_columns<3>(keys, weights, rows, c, context, columns, lines);
+          c += 3 * kLanes;
+        } else if (c + 2 * kLanes <= columns) {
+          context_columns<2>(keys, weights, rows, c, context, columns, lines);
+          c += 2 * kLanes;
+        } else {
+          context_columns<1>(keys, weights, rows, c, context, columns, lines);
+          c += kLanes;
+        }
+      }
+    }
   }
 }
 
@@ -154,13 +211,8 @@ Block block_at(const MlaPiece& t, int64_t begin, float* widened) {
   b.keys = least(kMlaKeyBlock, t.end - begin);
   b.row_bytes = p.page_stride * element;
   b.cache = static_cast<const char*>(t.pages[begin / p.page_tokens]) + begin % p.page_tokens * b.row_bytes;
-  if (element == 4 && width == mla_padded(width)) {
-    b.rows = reinterpret_cast<const float*>(b.cache);
-    b.stride = p.page_stride;
-  } else {
-    b.rows = b.widened = widened;
-    b.stride = mla_padded(width);
-  }
+  b.type = p.cache_type;
+  if (element == 2 || width != mla_padded(width)) b.widened = widened;
   return b;
 }
 
@@ -170,7 +222,7 @@ void mla_piece(const MlaPiece& t) {
   const MlaParams& p = *t.params;
   const int64_t columns = mla_padded(p.latent);
   float* widened = t.scratch;
-  float* scores = widened + kMlaKeyBlock * mla_padded(p.latent + p.rope);
+  float* scores = widened + kWidenedKeys * mla_padded(p.latent + p.rope);
   const int64_t padded_rows = mla_padded_rows(t.rows);
   for (int64_t i = 0; i < padded_rows * columns; i += kLanes) store(t.context + i, zero());
   for (int64_t i = 0; i < padded_rows * kMlaKeyBlock; i += kLanes) store(scores + i, zero());
@@ -191,13 +243,7 @@ void mla_piece(const MlaPiece& t) {
                                             scores + r * kMlaKeyBlock, t.top[r], t.sum[r]);
       if (correction != 1.0f) scale_row(columns, correction, t.context + r * columns);
     }
-    for (int64_t r = 0; r < t.rows; r += kContextRows) {
-      if (r < kPrefetchRows) {
-        context_rows<true>(block, columns, scores + r * kMlaKeyBlock, t.context + r * columns, ahead);
-      } else {
-        context_rows<false>(block, columns, scores + r * kMlaKeyBlock, t.context + r * columns, ahead);
-      }
-    }
+    block_contexts(t, block, scores, ahead);
   }
 }
 

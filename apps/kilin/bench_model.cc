@@ -11,6 +11,7 @@
 #include "base/cpu.h"
 #include "base/error.h"
 #include "base/random.h"
+#include "io/gguf.h"
 #include "kernels/kda/kda.h"
 #include "kilin/bench.h"
 #include "kilin/common.h"
@@ -18,6 +19,7 @@
 #include "kilin/output.h"
 #include "kilin/progress.h"
 #include "model/config.h"
+#include "model/gguf_config.h"
 
 namespace kilin::cli {
 namespace {
@@ -59,8 +61,12 @@ Model load(const ModelBenchOptions& options) {
 }
 
 Config config_of(const ModelBenchOptions& options) {
-  const std::string path = options.config.empty() ? options.model.path + "/config.json" : options.config;
-  return read_config_file(path, options.model.compatibility);
+  const std::string& model = options.model.path;
+  if (io::GgufFile::is_gguf(model)) {
+    return read_gguf_config(io::GgufFile::open(model), compatibility(options.model.compatibility));
+  }
+  return read_config_file(options.config.empty() ? model + "/config.json" : options.config,
+                          options.model.compatibility);
 }
 
 std::vector<int32_t> random_tokens(int64_t count, int64_t vocab_size) {

@@ -77,65 +77,60 @@ KILIN_INLINE void widen_group(VecUint w, float offset, Vec scale, Vec least, std
 }
 
 // The terms of `chunks` x 32 columns from chunk `first` on: high and low tiles [chunk][16 pairs][16 rows][2].
-void widen_q8_0(const std::byte* panel, int64_t cols, int64_t first, int64_t chunks, std::byte* high,
-                std::byte* low) {
-  const std::byte* units = panel + packed::header_bytes(Dtype::kQ8_0, cols);
-  for (int64_t b = 0; b < chunks; ++b) {
-    const Vec d = load_f16(panel + (first + b) * 32);
-    for (int u = 0; u < 8; ++u) {
-      const int64_t at = b * kTileBytes + u * 128;
-      widen_group(load_unit(units + ((first + b) * 8 + u) * 64), 128.0f, d, zero(), high + at, low + at);
-    }
+void widen_q8_0(const std::byte* panel, int64_t first, int64_t chunks, std::byte* high, std::byte* low) {
+  constexpr packed::Group kGroup = packed::group(Dtype::kQ8_0);
+  for (int64_t b = first; b < first + chunks; ++b, high += kTileBytes, low += kTileBytes) {
+    const std::byte* group = panel + b / 2 * kGroup.bytes;
+    const std::byte* units = group + kGroup.header + b % 2 * 8 * 64;
+    const Vec d = load_f16(group + b % 2 * 32);
+    for (int u = 0; u < 8; ++u)
+      widen_group(load_unit(units + u * 64), 128.0f, d, zero(), high + u * 128, low + u * 128);
   }
 }
 
-void widen_q4_0(const std::byte* panel, int64_t cols, int64_t first, int64_t chunks, std::byte* high,
-                std::byte* low) {
-  const std::byte* units = panel + packed::header_bytes(Dtype::kQ4_0, cols);
-  for (int64_t b = 0; b < chunks; ++b) {
-    const Vec d = load_f16(panel + (first + b) * 32);
+void widen_q4_0(const std::byte* panel, int64_t first, int64_t chunks, std::byte* high, std::byte* low) {
+  constexpr packed::Group kGroup = packed::group(Dtype::kQ4_0);
+  for (int64_t b = first; b < first + chunks; ++b, high += kTileBytes, low += kTileBytes) {
+    const std::byte* group = panel + b / 2 * kGroup.bytes;
+    const std::byte* units = group + kGroup.header + b % 2 * 4 * 64;
+    const Vec d = load_f16(group + b % 2 * 32);
     for (int u = 0; u < 4; ++u) {
-      const VecUint w = load_unit(units + ((first + b) * 4 + u) * 64);
-      const int64_t at = b * kTileBytes + u * 128;
+      const VecUint w = load_unit(units + u * 64);
+      const int64_t at = u * 128;
       widen_group(w & 0x0f0f0f0fu, 8.0f, d, zero(), high + at, low + at);
       widen_group((w >> 4) & 0x0f0f0f0fu, 8.0f, d, zero(), high + at + 512, low + at + 512);
     }
   }
 }
 
-void widen_q4_k(const std::byte* panel, int64_t cols, int64_t first, int64_t chunks, std::byte* high,
-                std::byte* low) {
-  const std::byte* units = panel + packed::header_bytes(Dtype::kQ4_K, cols);
-  for (int64_t b = 0; b < chunks; ++b) {
-    const int64_t part = first + b;  // of 32 columns
-    const std::byte* block = panel + part / 8 * packed::kQ4KHeader;
-    const std::byte* scales = block + 64 + part % 8 * 32;
-    const Vec scale = load_f16(block) * load_bytes<Bytes16>(scales);
-    const Vec least = load_f16(block + 32) * load_bytes<Bytes16>(scales + 16);
+void widen_q4_k(const std::byte* panel, int64_t first, int64_t chunks, std::byte* high, std::byte* low) {
+  constexpr packed::Group kGroup = packed::group(Dtype::kQ4_K);
+  for (int64_t part = first; part < first + chunks; ++part, high += kTileBytes, low += kTileBytes) {
+    const std::byte* group = panel + part / 8 * kGroup.bytes;
+    const std::byte* scales = group + 64 + part % 8 * 32;
+    const std::byte* units = group + kGroup.header + part % 8 / 2 * 8 * 64;
+    const Vec scale = load_f16(group) * load_bytes<Bytes16>(scales);
+    const Vec least = load_f16(group + 32) * load_bytes<Bytes16>(scales + 16);
     for (int u = 0; u < 8; ++u) {
-      const VecUint w = load_unit(units + (part / 2 * 8 + u) * 64) >> (part % 2 * 4);
-      const int64_t at = b * kTileBytes + u * 128;
-      widen_group(w & 0x0f0f0f0fu, 0.0f, scale, least, high + at, low + at);
+      const VecUint w = load_unit(units + u * 64) >> (part % 2 * 4);
+      widen_group(w & 0x0f0f0f0fu, 0.0f, scale, least, high + u * 128, low + u * 128);
     }
   }
 }
 
-void widen_q6_k(const std::byte* panel, int64_t cols, int64_t first, int64_t chunks, std::byte* high,
-                std::byte* low) {
-  const std::byte* units = panel + packed::header_bytes(Dtype::kQ6_K, cols);
-  for (int64_t b = 0; b < chunks; ++b) {
-    const int64_t part = first + b;  // of 32 columns: quarter part % 4 of half part / 4
+void widen_q6_k(const std::byte* panel, int64_t first, int64_t chunks, std::byte* high, std::byte* low) {
+  constexpr packed::Group kGroup = packed::group(Dtype::kQ6_K);
+  for (int64_t part = first; part < first + chunks; ++part, high += kTileBytes, low += kTileBytes) {
     const auto quarter = static_cast<int>(part % 4);
-    const std::byte* block = panel + part / 8 * packed::kQ6KHeader;
-    const std::byte* at_units = units + part / 4 * 24 * 64;
-    const Vec d = load_f16(block);
+    const std::byte* group = panel + part / 8 * kGroup.bytes;
+    const std::byte* units = group + kGroup.header + part % 8 / 4 * 24 * 64;
+    const Vec d = load_f16(group);
     for (int u = 0; u < 8; ++u) {
-      const VecUint low_bits = load_unit(at_units + (quarter % 2 * 8 + u) * 64) >> (quarter / 2 * 4);
-      const VecUint high_bits = load_unit(at_units + (16 + u) * 64) >> (2 * quarter);
+      const VecUint low_bits = load_unit(units + (quarter % 2 * 8 + u) * 64) >> (quarter / 2 * 4);
+      const VecUint high_bits = load_unit(units + (16 + u) * 64) >> (2 * quarter);
       const VecUint w = (low_bits & 0x0f0f0f0fu) | ((high_bits & 0x03030303u) << 4);
-      const std::byte* scale = block + 32 + (part % 8 * 2 + u / 4) * 16;
-      const int64_t at = b * kTileBytes + u * 128;
-      widen_group(w, 32.0f, d * load_bytes<SignedBytes16>(scale), zero(), high + at, low + at);
+      const Vec scale = d * load_bytes<SignedBytes16>(group + 32 + (part % 8 * 2 + u / 4) * 16);
+      widen_group(w, 32.0f, scale, zero(), high + u * 128, low + u * 128);
     }
   }
 }
@@ -162,13 +157,13 @@ void widen(const WeightMatrix& w, const std::byte* panel, int64_t first, int64_t
            std::byte* low) {
   switch (w.dtype) {
     case Dtype::kQ8_0:
-      return widen_q8_0(panel, w.cols, first, chunks, high, low);
+      return widen_q8_0(panel, first, chunks, high, low);
     case Dtype::kQ4_0:
-      return widen_q4_0(panel, w.cols, first, chunks, high, low);
+      return widen_q4_0(panel, first, chunks, high, low);
     case Dtype::kQ4_K:
-      return widen_q4_k(panel, w.cols, first, chunks, high, low);
+      return widen_q4_k(panel, first, chunks, high, low);
     case Dtype::kQ6_K:
-      return widen_q6_k(panel, w.cols, first, chunks, high, low);
+      return widen_q6_k(panel, first, chunks, high, low);
     case Dtype::kF32:
       return widen_f32(panel, first, chunks, high, low);
     default:

@@ -17,15 +17,12 @@ struct Tokens {
   const ActivationBlock* x[M];  // of each token, block 0
 };
 
-// sum[t] += d scale_t (sum over a block of 32 of w v), for Q8_0 and Q4_0: `offset` is what the unsigned
-// weights are too large by.
-template <int M, int kOffset>
-KILIN_INLINE void add_scaled(const Dot (&dots)[M][kParts], const uint8_t* scales, const Tokens<M>& tokens,
-                             int64_t b, Rows (&sum)[M]) {
-  for (int p = 0; p < kParts; ++p) {
-    const Vec d = load_f16(scales + 2 * p * kLanes);
-    for (int t = 0; t < M; ++t) sum[t][p] += dot_end(dots[t][p]) * (d * splat(tokens.x[t][b].scale));
-  }
+// Asks for the weights 4 KB on into the second-level cache (the first level has too few outstanding misses to
+// cover the latency of memory), and for those 1 KB on into the first: docs/notes/20261124-cpu-matmul.md has
+// what was tried.
+KILIN_INLINE void prefetch_ahead(const uint8_t* p) {
+  __builtin_prefetch(p + 4096, 0, 2);
+  __builtin_prefetch(p + 1024, 0, 3);
 }
 
 template <int M>
@@ -36,42 +33,56 @@ KILIN_INLINE void start(Dot (&dots)[M][kParts], const Tokens<M>& tokens, int64_t
   }
 }
 
+// sum[t] += d scale_t (sum over block b of 32 of w v), for Q8_0 and Q4_0
+template <int M>
+KILIN_INLINE void add_scaled(const Dot (&dots)[M][kParts], const uint8_t* scales, const Tokens<M>& tokens,
+                             int64_t b, Rows (&sum)[M]) {
+  for (int p = 0; p < kParts; ++p) {
+    const Vec d = load_f16(scales + 2 * p * kLanes);
+    for (int t = 0; t < M; ++t) sum[t][p] += dot_end(dots[t][p]) * (d * splat(tokens.x[t][b].scale));
+  }
+}
+
+// Types add to sum[t] the products of one group of columns, whose first block of activations is b; of Q8_0
+// and Q4_0 the last group may have one block only.
 struct Q8_0 {
-  static constexpr int kColumns = 32;
   static constexpr Dtype kDtype = Dtype::kQ8_0;
   template <int M>
-  KILIN_INLINE void add(const uint8_t* header, const uint8_t* units, int64_t b, const Tokens<M>& tokens,
-                        Rows (&sum)[M]) {
+  KILIN_INLINE void add_block(const uint8_t* scales, const uint8_t* units, int64_t b, const Tokens<M>& tokens,
+                              Rows (&sum)[M]) {
     Dot dots[M][kParts];
     start<M>(dots, tokens, b, 128);
-    const uint8_t* at = units + b * 8 * packed::kUnitBytes;
-    __builtin_prefetch(at + 4096);
 #pragma GCC unroll 8
     for (int u = 0; u < 8; ++u) {
-      __builtin_prefetch(at + 2048 + u * 64);
+      prefetch_ahead(units + u * packed::kUnitBytes);
       for (int p = 0; p < kParts; ++p) {
-        const VecUint w = load_unit(at + u * packed::kUnitBytes + 4 * p * kLanes);
+        const VecUint w = load_unit(units + u * packed::kUnitBytes + 4 * p * kLanes);
         for (int t = 0; t < M; ++t) dot_group(dots[t][p], w, tokens.x[t][b], u);
       }
     }
-    add_scaled<M, 128>(dots, header + b * 32, tokens, b, sum);
+    add_scaled<M>(dots, scales, tokens, b, sum);
+  }
+  template <int M>
+  KILIN_INLINE void add(const uint8_t* group, int64_t b, int64_t blocks, const Tokens<M>& tokens,
+                        Rows (&sum)[M]) {
+    prefetch_ahead(group);
+    add_block<M>(group, group + 64, b, tokens, sum);
+    if (b + 1 < blocks) add_block<M>(group + 32, group + 64 + 8 * packed::kUnitBytes, b + 1, tokens, sum);
   }
 };
 
 struct Q4_0 {
-  static constexpr int kColumns = 32;
   static constexpr Dtype kDtype = Dtype::kQ4_0;
   template <int M>
-  KILIN_INLINE void add(const uint8_t* header, const uint8_t* units, int64_t b, const Tokens<M>& tokens,
-                        Rows (&sum)[M]) {
+  KILIN_INLINE void add_block(const uint8_t* scales, const uint8_t* units, int64_t b, const Tokens<M>& tokens,
+                              Rows (&sum)[M]) {
     Dot dots[M][kParts];
     start<M>(dots, tokens, b, 8);
-    const uint8_t* at = units + b * 4 * packed::kUnitBytes;
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) {
-      __builtin_prefetch(at + 2048 + u * 64);
+      prefetch_ahead(units + u * packed::kUnitBytes);
       for (int p = 0; p < kParts; ++p) {
-        const VecUint w = load_unit(at + u * packed::kUnitBytes + 4 * p * kLanes);
+        const VecUint w = load_unit(units + u * packed::kUnitBytes + 4 * p * kLanes);
         const VecUint low = w & 0x0f0f0f0fu;
         const VecUint high = (w >> 4) & 0x0f0f0f0fu;
         for (int t = 0; t < M; ++t) {
@@ -80,91 +91,105 @@ struct Q4_0 {
         }
       }
     }
-    add_scaled<M, 8>(dots, header + b * 32, tokens, b, sum);
+    add_scaled<M>(dots, scales, tokens, b, sum);
+  }
+  template <int M>
+  KILIN_INLINE void add(const uint8_t* group, int64_t b, int64_t blocks, const Tokens<M>& tokens,
+                        Rows (&sum)[M]) {
+    prefetch_ahead(group);
+    add_block<M>(group, group + 64, b, tokens, sum);
+    if (b + 1 < blocks) add_block<M>(group + 32, group + 64 + 4 * packed::kUnitBytes, b + 1, tokens, sum);
   }
 };
 
 struct Q4_K {
-  static constexpr int kColumns = 64;
   static constexpr Dtype kDtype = Dtype::kQ4_K;
-  // Columns [64 b, 64 b + 64): parts 2 b and 2 b + 1 of the block of 256 around them
+  // 64 columns: two parts of the group, which begin with block b of the activations
   template <int M>
-  KILIN_INLINE void add(const uint8_t* header, const uint8_t* units, int64_t b, const Tokens<M>& tokens,
-                        Rows (&sum)[M]) {
+  KILIN_INLINE void add_parts(const uint8_t* group, const uint8_t* parts, const uint8_t* units, int64_t b,
+                              const Tokens<M>& tokens, Rows (&sum)[M]) {
     Dot dots[2][M][kParts];
     for (auto& half : dots) {
       for (int t = 0; t < M; ++t) {
         for (int p = 0; p < kParts; ++p) half[t][p] = dot_start(0);
       }
     }
-    const uint8_t* at = units + b * 8 * packed::kUnitBytes;
 #pragma GCC unroll 8
     for (int u = 0; u < 8; ++u) {
-      __builtin_prefetch(at + 2048 + u * 64);
+      prefetch_ahead(units + u * packed::kUnitBytes);
       for (int p = 0; p < kParts; ++p) {
-        const VecUint w = load_unit(at + u * packed::kUnitBytes + 4 * p * kLanes);
+        const VecUint w = load_unit(units + u * packed::kUnitBytes + 4 * p * kLanes);
         const VecUint low = w & 0x0f0f0f0fu;
         const VecUint high = (w >> 4) & 0x0f0f0f0fu;
         for (int t = 0; t < M; ++t) {
-          dot_group(dots[0][t][p], low, tokens.x[t][2 * b], u);
-          dot_group(dots[1][t][p], high, tokens.x[t][2 * b + 1], u);
+          dot_group(dots[0][t][p], low, tokens.x[t][b], u);
+          dot_group(dots[1][t][p], high, tokens.x[t][b + 1], u);
         }
       }
     }
-    const uint8_t* block = header + b / 4 * packed::kQ4KHeader;
     for (int half = 0; half < 2; ++half) {
-      const uint8_t* part = block + 64 + (b % 4 * 2 + half) * 32;
+      const uint8_t* part = parts + half * 32;
       for (int p = 0; p < kParts; ++p) {
-        const Vec scale = load_f16(block + 2 * p * kLanes) * load_u8(part + p * kLanes);
-        const Vec least = load_f16(block + 32 + 2 * p * kLanes) * load_u8(part + 16 + p * kLanes);
+        const Vec scale = load_f16(group + 2 * p * kLanes) * load_u8(part + p * kLanes);
+        const Vec least = load_f16(group + 32 + 2 * p * kLanes) * load_u8(part + 16 + p * kLanes);
         for (int t = 0; t < M; ++t) {
-          const ActivationBlock& x = tokens.x[t][2 * b + half];
+          const ActivationBlock& x = tokens.x[t][b + half];
           sum[t][p] += dot_end(dots[half][t][p]) * (scale * splat(x.scale));
-          sum[t][p] -= least * splat(x.scale * static_cast<float>(x.sums[0] + x.sums[1]));
+          sum[t][p] -= least * splat(x.total);
         }
       }
+    }
+  }
+  template <int M>
+  KILIN_INLINE void add(const uint8_t* group, int64_t b, int64_t, const Tokens<M>& tokens, Rows (&sum)[M]) {
+    for (int i = 0; i < 5; ++i) prefetch_ahead(group + i * 64);
+    for (int i = 0; i < 4; ++i) {
+      add_parts<M>(group, group + 64 + i * 64, group + 320 + i * 8 * packed::kUnitBytes, b + 2 * i, tokens,
+                   sum);
     }
   }
 };
 
 struct Q6_K {
-  static constexpr int kColumns = 128;
   static constexpr Dtype kDtype = Dtype::kQ6_K;
+  // 16 columns of each quarter of half a group: units 4 side to 4 side + 3
   template <int M>
-  KILIN_INLINE void add(const uint8_t* header, const uint8_t* units, int64_t b, const Tokens<M>& tokens,
-                        Rows (&sum)[M]) {
-    const uint8_t* at = units + b * 24 * packed::kUnitBytes;
-    const uint8_t* block = header + b / 2 * packed::kQ6KHeader;
-    for (int side = 0; side < 2; ++side) {  // parts of 16 columns: the first or the second of every quarter
-      for (int p = 0; p < kParts; ++p) {
-        Dot dots[4][M];
+  KILIN_INLINE void add_side(const uint8_t* group, const uint8_t* units, int half, int side, int64_t b,
+                             const Tokens<M>& tokens, Rows (&sum)[M]) {
+    for (int p = 0; p < kParts; ++p) {
+      Dot dots[4][M];
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        for (int t = 0; t < M; ++t) dots[quarter][t] = dot_start(-32 * tokens.x[t][b + quarter].sums[side]);
+      }
+      for (int i = 0; i < 4; ++i) {
+        const int u = 4 * side + i;
+        const uint8_t* lane = units + 4 * p * kLanes;
+        const VecUint even = load_unit(lane + u * packed::kUnitBytes);
+        const VecUint odd = load_unit(lane + (u + 8) * packed::kUnitBytes);
+        const VecUint high = load_unit(lane + (u + 16) * packed::kUnitBytes);
+        const VecUint w[4] = {(even & 0x0f0f0f0fu) | ((high & 0x03030303u) << 4),
+                              (odd & 0x0f0f0f0fu) | ((high & 0x0c0c0c0cu) << 2),
+                              ((even >> 4) & 0x0f0f0f0fu) | (high & 0x30303030u),
+                              ((odd >> 4) & 0x0f0f0f0fu) | ((high & 0xc0c0c0c0u) >> 2)};
         for (int quarter = 0; quarter < 4; ++quarter) {
-          for (int t = 0; t < M; ++t)
-            dots[quarter][t] = dot_start(-32 * tokens.x[t][4 * b + quarter].sums[side]);
-        }
-        for (int i = 0; i < 4; ++i) {
-          const int u = 4 * side + i;
-          const uint8_t* lane = at + 4 * p * kLanes;
-          const VecUint even = load_unit(lane + u * packed::kUnitBytes);
-          const VecUint odd = load_unit(lane + (u + 8) * packed::kUnitBytes);
-          const VecUint high = load_unit(lane + (u + 16) * packed::kUnitBytes);
-          const VecUint w[4] = {(even & 0x0f0f0f0fu) | ((high & 0x03030303u) << 4),
-                                (odd & 0x0f0f0f0fu) | ((high & 0x0c0c0c0cu) << 2),
-                                ((even >> 4) & 0x0f0f0f0fu) | (high & 0x30303030u),
-                                ((odd >> 4) & 0x0f0f0f0fu) | ((high & 0xc0c0c0c0u) >> 2)};
-          for (int quarter = 0; quarter < 4; ++quarter) {
-            for (int t = 0; t < M; ++t)
-              dot_group(dots[quarter][t], w[quarter], tokens.x[t][4 * b + quarter], u);
-          }
-        }
-        const Vec d = load_f16(block + 2 * p * kLanes);
-        for (int quarter = 0; quarter < 4; ++quarter) {
-          const Vec scale = d * load_i8(block + 32 + (b % 2 * 8 + quarter * 2 + side) * 16 + p * kLanes);
-          for (int t = 0; t < M; ++t) {
-            sum[t][p] += dot_end(dots[quarter][t]) * (scale * splat(tokens.x[t][4 * b + quarter].scale));
-          }
+          for (int t = 0; t < M; ++t) dot_group(dots[quarter][t], w[quarter], tokens.x[t][b + quarter], u);
         }
       }
+      const Vec d = load_f16(group + 2 * p * kLanes);
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        const Vec scale = d * load_i8(group + 32 + (half * 8 + quarter * 2 + side) * 16 + p * kLanes);
+        for (int t = 0; t < M; ++t) {
+          sum[t][p] += dot_end(dots[quarter][t]) * (scale * splat(tokens.x[t][b + quarter].scale));
+        }
+      }
+    }
+  }
+  template <int M>
+  KILIN_INLINE void add(const uint8_t* group, int64_t b, int64_t, const Tokens<M>& tokens, Rows (&sum)[M]) {
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* units = group + 320 + half * 24 * packed::kUnitBytes;
+      for (int i = 0; i < 24; ++i) prefetch_ahead(units + i * packed::kUnitBytes);
+      for (int side = 0; side < 2; ++side) add_side<M>(group, units, half, side, b + 4 * half, tokens, sum);
     }
   }
 };
@@ -183,14 +208,17 @@ KILIN_INLINE void store_rows(const Rows& sum, int rows, float* y) {
 template <class Type, int M>
 KILIN_INLINE void panel_tokens(const uint8_t* panel, int64_t cols, const ActivationBlock* x, int64_t t,
                                int rows, float* y, int64_t y_stride) {
-  const uint8_t* units = panel + packed::header_bytes(Type::kDtype, cols);
+  constexpr packed::Group kGroup = packed::group(Type::kDtype);
+  const int64_t blocks = cols / 32;
   Tokens<M> tokens;
-  for (int i = 0; i < M; ++i) tokens.x[i] = x + (t + i) * (cols / 32);
+  for (int i = 0; i < M; ++i) tokens.x[i] = x + (t + i) * blocks;
   Rows sum[M];
   for (auto& token : sum) {
     for (auto& part : token) part = zero();
   }
-  for (int64_t b = 0; b < cols / Type::kColumns; ++b) Type::template add<M>(panel, units, b, tokens, sum);
+  for (int64_t b = 0; b < blocks; b += kGroup.columns / 32, panel += kGroup.bytes) {
+    Type::template add<M>(panel, b, blocks, tokens, sum);
+  }
   for (int i = 0; i < M; ++i) store_rows(sum[i], rows, y + (t + i) * y_stride);
 }
 
@@ -198,7 +226,7 @@ KILIN_INLINE void panel_tokens(const uint8_t* panel, int64_t cols, const Activat
 template <class Type>
 constexpr int most_tokens() {
   if (kLanes < 16) return 2;
-  return Type::kColumns == 32 ? 8 : Type::kColumns == 64 ? 4 : 2;
+  return Type::kDtype == Dtype::kQ6_K ? 2 : Type::kDtype == Dtype::kQ4_K ? 4 : 8;
 }
 
 template <class Type, int M = most_tokens<Type>()>
@@ -244,6 +272,7 @@ void quantize_activations(const float* x, int64_t cols, ActivationBlock* blocks)
       for (int i = 0; i < 16; ++i) sum += v[16 * half + i];
       block.sums[half] = sum;
     }
+    block.total = block.scale * static_cast<float>(block.sums[0] + block.sums[1]);
 #if defined(__AVX512VNNI__)
     for (int i = 0; i < 32; ++i) {
       const auto low = static_cast<int8_t>(v[i]);

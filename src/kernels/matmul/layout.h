@@ -6,18 +6,21 @@
 //
 //   F32        [c][16]
 //   BF16, F16  [c / 2][16][2]
-//   Q8_0       scales f16 [c / 32][16], then [c / 4][16][4] of q + 128 (unsigned, as vpdpbusd wants it)
-//   Q4_0       scales f16 [c / 32][16], then [c / 32][4][16][4]: unit u has columns 4 u .. 4 u + 3 of 32 in
-//   the low
-//              and 16 + 4 u .. in the high four bits
-//   Q4_K       per 256 columns: d f16 [16], dmin f16 [16], then 8 x (scale u8 [16], min u8 [16]); after all
-//   of them
-//              [c / 64][8][16][4]: unit u has columns 4 u .. of 64 in the low and 32 + 4 u .. in the high
-//              four bits
-//   Q6_K       per 256 columns: d f16 [16], scales i8 [16 parts][16]; after all of them per 128 columns 16
-//   units of
-//              low bits and 8 units of high bits, bytes as in quant::BlockQ6_K
-// The tables of scales are padded to 64 bytes.
+//   Q8_0       groups of 64 columns: scales f16 [2 blocks][16], then [16][16][4] of q + 128 (unsigned, as
+//   vpdpbusd
+//              wants it)
+//   Q4_0       groups of 64 columns: scales f16 [2 blocks][16], then per block [4][16][4]: unit u has columns
+//   4 u ..
+//              4 u + 3 of 32 in the low and 16 + 4 u .. in the high four bits
+//   Q4_K       groups of 256 columns: d f16 [16], dmin f16 [16], 8 x (scale u8 [16], min u8 [16]), then per
+//   64 columns
+//              [8][16][4]: unit u has columns 4 u .. of 64 in the low and 32 + 4 u .. in the high four bits
+//   Q6_K       groups of 256 columns: d f16 [16], scales i8 [16 parts][16], 32 bytes of padding, then per 128
+//   columns
+//              16 units of low bits and 8 units of high bits, bytes as in quant::BlockQ6_K
+//
+// Scales lie beside their integers, so that a panel is one stream: with all scales in front, the processor's
+// prefetcher started anew at every panel (docs/notes/20261124-cpu-matmul.md).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -26,49 +29,36 @@
 
 namespace kilin::packed {
 
-constexpr int64_t kRows = 16;                // of a panel
-constexpr int64_t kUnitBytes = 64;           // 4 bytes of every row
-constexpr int64_t kQ4KHeader = 64 + 8 * 32;  // bytes of scales per 256 columns
-constexpr int64_t kQ6KHeader = 32 + 16 * 16;
+constexpr int64_t kRows = 16;       // of a panel
+constexpr int64_t kUnitBytes = 64;  // 4 bytes of every row
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t columns(int64_t cols) { return round_up(cols, 32); }
 
-// Bytes of the table of scales in front of a panel's units.
-constexpr int64_t header_bytes(Dtype dtype, int64_t cols) {
+// Columns that share a header of scales, the header's bytes and the bytes of all.
+struct Group {
+  int64_t columns, header, bytes;
+};
+constexpr Group group(Dtype dtype) {
   switch (dtype) {
     case Dtype::kQ8_0:
+      return {64, 64, 64 + 16 * kUnitBytes};
     case Dtype::kQ4_0:
-      return round_up(columns(cols) / 32 * kRows * 2, 64);
+      return {64, 64, 64 + 8 * kUnitBytes};
     case Dtype::kQ4_K:
-      return cols / 256 * kQ4KHeader;
+      return {256, 320, 320 + 32 * kUnitBytes};
     case Dtype::kQ6_K:
-      return round_up(cols / 256 * kQ6KHeader, 64);
-    default:
-      return 0;
-  }
-}
-
-// Bytes of a panel's units.
-constexpr int64_t unit_bytes(Dtype dtype, int64_t cols) {
-  const int64_t c = columns(cols) * kRows;
-  switch (dtype) {
+      return {256, 320, 320 + 48 * kUnitBytes};
     case Dtype::kF32:
-      return 4 * c;
-    case Dtype::kBF16:
-    case Dtype::kF16:
-      return 2 * c;
-    case Dtype::kQ8_0:
-      return c;
-    case Dtype::kQ6_K:
-      return c / 4 * 3;
-    default:  // Q4_0, Q4_K
-      return c / 2;
+      return {32, 0, 32 * kUnitBytes};
+    default:  // BF16, F16
+      return {32, 0, 16 * kUnitBytes};
   }
 }
 
 constexpr int64_t panel_bytes(Dtype dtype, int64_t cols) {
-  return header_bytes(dtype, cols) + unit_bytes(dtype, cols);
+  const Group g = group(dtype);
+  return round_up(cols, g.columns) / g.columns * g.bytes;
 }
 
 }  // namespace kilin::packed

@@ -15,9 +15,9 @@
 namespace kilin {
 namespace {
 
-// Weight bytes of one piece of work in the memory-bound forms: enough to hide the hand-out of the piece
-// (about 0.1 us), small enough to balance the threads.
-constexpr int64_t kPieceBytes = 64 * 1024;
+// Least weight bytes of one piece of work in the memory-bound forms: enough to hide the hand-out of the piece
+// and the start of its stream.
+constexpr int64_t kLeastPieceBytes = 64 * 1024;
 // Values of activations below which their preparation is not worth a parallel region.
 constexpr int64_t kSerialValues = 16 * 1024;
 // Panels of one piece of work by AMX.
@@ -153,26 +153,44 @@ void prepare_inputs(const Plan& plan, std::byte* buffer, ThreadPool& pool) {
   });
 }
 
-int64_t panels_of_piece(const MatmulJob& job, Form form, int64_t panels, int threads) {
-  if (form == Form::kTiles) return kTilePanels;
-  if (form == Form::kGemmFloats) return KILIN_DISPATCH(gemm_panels)();
-  const int64_t share = (panels + threads - 1) / threads;
-  return std::clamp<int64_t>(kPieceBytes / packed::panel_bytes(job.w.dtype, job.w.cols), 1,
-                             std::max<int64_t>(1, share));
-}
+// Pieces shrink towards the end of the list (guided self-scheduling): long streams first, because every start
+// of one costs the latency of memory, small ones last to balance the threads.
+class PieceSize {
+ public:
+  PieceSize(std::span<const MatmulJob> jobs, int threads) : threads_(threads) {
+    for (const MatmulJob& job : jobs) {
+      if (job.tokens > 0) left_ += static_cast<int64_t>(packed_bytes(job.w.dtype, job.w.rows, job.w.cols));
+    }
+  }
+  // Panels of the next piece, of `panels` left in the job
+  int64_t next(const MatmulJob& job, Form form, int64_t panels) {
+    if (form == Form::kTiles) return kTilePanels;
+    if (form == Form::kGemmFloats) return KILIN_DISPATCH(gemm_panels)();
+    const int64_t panel = packed::panel_bytes(job.w.dtype, job.w.cols);
+    const int64_t share = left_ / (2 * threads_);
+    const int64_t step = std::clamp<int64_t>(std::max(share, kLeastPieceBytes) / panel, 1, panels);
+    left_ -= step * panel;
+    return step;
+  }
 
-void add_pieces(const MatmulJob& job, const Input* input, Form form, int threads, std::vector<Piece>& list) {
+ private:
+  int64_t left_ = 0;
+  int64_t threads_;
+};
+
+void add_pieces(const MatmulJob& job, const Input* input, Form form, PieceSize& size,
+                std::vector<Piece>& list) {
   if (job.tokens == 0 || job.w.rows == 0) return;
   const int64_t panels = (job.w.rows + kPanelRows - 1) / kPanelRows;
-  const int64_t step = panels_of_piece(job, form, panels, threads);
   int64_t block = job.tokens;
 #if defined(__x86_64__)
   if (form == Form::kTiles) block = amx::kBlockTokens;
 #endif
   for (int64_t t = 0; t < job.tokens; t += block) {
-    for (int64_t p = 0; p < panels; p += step) {
-      list.push_back(
-          {&job, input, form, {p, std::min(panels, p + step)}, t, std::min(job.tokens, t + block)});
+    for (int64_t p = 0; p < panels;) {
+      const int64_t end = std::min(panels, p + size.next(job, form, panels - p));
+      list.push_back({&job, input, form, {p, end}, t, std::min(job.tokens, t + block)});
+      p = end;
     }
   }
 }
@@ -211,9 +229,10 @@ void matmul(std::span<const MatmulJob> jobs, ThreadPool& pool) {
   size_t bytes = 0;
   for (const MatmulJob& job : jobs) add_input(job, form_of(job, amx), plan, bytes);
   std::byte* buffer = plan.buffer.get(bytes);
+  PieceSize size(jobs, pool.size());
   for (size_t i = 0; i < jobs.size(); ++i) {
     const Input* input = plan.input_of[i] == kNone ? nullptr : &plan.inputs[plan.input_of[i]];
-    add_pieces(jobs[i], input, form_of(jobs[i], amx), pool.size(), plan.pieces);
+    add_pieces(jobs[i], input, form_of(jobs[i], amx), size, plan.pieces);
   }
   prepare_inputs(plan, buffer, pool);
   pool.parallel_for(static_cast<int64_t>(plan.pieces.size()),

@@ -13,6 +13,7 @@ struct ActivationBlock {
   int8_t bytes[64];
   float scale;
   int32_t sums[2];
+  float total;  // scale (sums[0] + sums[1])
 };
 
 // Panels [begin, end) of w.

@@ -62,17 +62,18 @@ uint16_t read_u16(const void* p) {
 }
 
 // Q8_0 and Q4_0: a float16 scale d before the integers
-template <class Block>
+template <class Block, Dtype kDtype>
 void pack_simple(const Source& s, uint32_t flip, std::byte* panel) {
-  const int64_t count = s.cols / 32;
-  auto* scales = reinterpret_cast<uint16_t*>(panel);
-  std::byte* units = panel + packed::header_bytes(sizeof(Block) == 34 ? Dtype::kQ8_0 : Dtype::kQ4_0, s.cols);
+  constexpr packed::Group kGroup = packed::group(kDtype);
   constexpr int64_t kUnits = sizeof(Block::q) / 4;
-  for (int64_t b = 0; b < count; ++b) {
-    const Block* first = blocks<Block>(s, 0) + b;
-    for (int64_t r = 0; r < s.rows; ++r) scales[b * kRows + r] = read_u16(&(blocks<Block>(s, r) + b)->d);
-    std::byte* to = units + b * kUnits * packed::kUnitBytes;
-    transpose_units(reinterpret_cast<const std::byte*>(first) + 2, s.row_bytes, s.rows, kUnits, to);
+  for (int64_t b = 0; b < s.cols / 32; ++b) {
+    std::byte* const group = panel + b / 2 * kGroup.bytes;
+    for (int64_t r = 0; r < s.rows; ++r) {
+      std::memcpy(group + b % 2 * 32 + 2 * r, &(blocks<Block>(s, r) + b)->d, 2);
+    }
+    std::byte* const to = group + kGroup.header + b % 2 * kUnits * packed::kUnitBytes;
+    const auto* first = reinterpret_cast<const std::byte*>((blocks<Block>(s, 0) + b)->q);
+    transpose_units(first, s.row_bytes, s.rows, kUnits, to);
     if (flip == 0) continue;
     for (int64_t i = 0; i < kUnits * kRows; ++i) {
       uint32_t unit;
@@ -84,42 +85,38 @@ void pack_simple(const Source& s, uint32_t flip, std::byte* panel) {
 }
 
 void pack_q4_k(const Source& s, std::byte* panel) {
-  const int64_t count = s.cols / 256;
-  std::byte* units = panel + packed::header_bytes(Dtype::kQ4_K, s.cols);
-  for (int64_t b = 0; b < count; ++b) {
-    std::byte* header = panel + b * packed::kQ4KHeader;
+  constexpr packed::Group kGroup = packed::group(Dtype::kQ4_K);
+  for (int64_t b = 0; b < s.cols / 256; ++b, panel += kGroup.bytes) {
     for (int64_t r = 0; r < s.rows; ++r) {
       const auto* block = blocks<BlockQ4_K>(s, r) + b;
-      std::memcpy(header + 2 * r, &block->d, 2);
-      std::memcpy(header + 32 + 2 * r, &block->dmin, 2);
+      std::memcpy(panel + 2 * r, &block->d, 2);
+      std::memcpy(panel + 32 + 2 * r, &block->dmin, 2);
       for (int p = 0; p < 8; ++p) {
         const quant::ScaleMin sm = quant::scale_min(block->scales, p);
-        header[64 + 32 * p + r] = static_cast<std::byte>(sm.scale);
-        header[64 + 32 * p + 16 + r] = static_cast<std::byte>(sm.min);
+        panel[64 + 32 * p + r] = static_cast<std::byte>(sm.scale);
+        panel[64 + 32 * p + 16 + r] = static_cast<std::byte>(sm.min);
       }
     }
     const auto* first = reinterpret_cast<const std::byte*>((blocks<BlockQ4_K>(s, 0) + b)->q);
-    transpose_units(first, s.row_bytes, s.rows, 32, units + b * 32 * packed::kUnitBytes);
+    transpose_units(first, s.row_bytes, s.rows, 32, panel + kGroup.header);
   }
 }
 
 void pack_q6_k(const Source& s, std::byte* panel) {
-  const int64_t count = s.cols / 256;
-  std::byte* units = panel + packed::header_bytes(Dtype::kQ6_K, s.cols);
-  for (int64_t b = 0; b < count; ++b) {
-    std::byte* header = panel + b * packed::kQ6KHeader;
+  constexpr packed::Group kGroup = packed::group(Dtype::kQ6_K);
+  for (int64_t b = 0; b < s.cols / 256; ++b, panel += kGroup.bytes) {
     for (int64_t r = 0; r < s.rows; ++r) {
       const auto* block = blocks<BlockQ6_K>(s, r) + b;
-      std::memcpy(header + 2 * r, &block->d, 2);
-      for (int p = 0; p < 16; ++p) header[32 + 16 * p + r] = static_cast<std::byte>(block->scales[p]);
+      std::memcpy(panel + 2 * r, &block->d, 2);
+      for (int p = 0; p < 16; ++p) panel[32 + 16 * p + r] = static_cast<std::byte>(block->scales[p]);
     }
     const auto* first = blocks<BlockQ6_K>(s, 0) + b;
     for (int half = 0; half < 2; ++half) {
-      std::byte* to = units + (2 * b + half) * 24 * packed::kUnitBytes;
-      transpose_units(reinterpret_cast<const std::byte*>(first->low + 64 * half), s.row_bytes, s.rows, 16,
-                      to);
-      transpose_units(reinterpret_cast<const std::byte*>(first->high + 32 * half), s.row_bytes, s.rows, 8,
-                      to + 16 * packed::kUnitBytes);
+      std::byte* to = panel + kGroup.header + half * 24 * packed::kUnitBytes;
+      const auto* low = reinterpret_cast<const std::byte*>(first->low + 64 * half);
+      const auto* high = reinterpret_cast<const std::byte*>(first->high + 32 * half);
+      transpose_units(low, s.row_bytes, s.rows, 16, to);
+      transpose_units(high, s.row_bytes, s.rows, 8, to + 16 * packed::kUnitBytes);
     }
   }
 }
@@ -129,9 +126,9 @@ void pack_panel(const Source& s, Dtype dtype, std::byte* panel) {
   std::memset(panel, 0, static_cast<size_t>(packed::panel_bytes(dtype, s.cols)));
   switch (dtype) {
     case Dtype::kQ8_0:
-      return pack_simple<BlockQ8_0>(s, 0x80808080u, panel);
+      return pack_simple<BlockQ8_0, Dtype::kQ8_0>(s, 0x80808080u, panel);
     case Dtype::kQ4_0:
-      return pack_simple<BlockQ4_0>(s, 0, panel);
+      return pack_simple<BlockQ4_0, Dtype::kQ4_0>(s, 0, panel);
     case Dtype::kQ4_K:
       return pack_q4_k(s, panel);
     case Dtype::kQ6_K:
@@ -141,14 +138,16 @@ void pack_panel(const Source& s, Dtype dtype, std::byte* panel) {
   }
 }
 
-float read_f16(const std::byte* p) { return to_float(Float16{read_u16(p)}); }
-
 // Element (r, c) of a panel.
-float unpack_one(Dtype dtype, int64_t cols, const std::byte* panel, int64_t r, int64_t c) {
-  const std::byte* units = panel + packed::header_bytes(dtype, cols);
+float unpack_one(Dtype dtype, const std::byte* panel, int64_t r, int64_t c) {
+  const packed::Group g = packed::group(dtype);
+  const std::byte* const group = panel + c / g.columns * g.bytes;
+  const std::byte* const units = group + g.header;
+  c %= g.columns;
   const auto byte_at = [&](int64_t unit, int64_t i) {
     return std::to_integer<int>(units[unit * packed::kUnitBytes + 4 * r + i]);
   };
+  const auto f16_at = [](const std::byte* p) { return to_float(Float16{read_u16(p)}); };
   switch (dtype) {
     case Dtype::kF32: {
       float x;
@@ -158,30 +157,27 @@ float unpack_one(Dtype dtype, int64_t cols, const std::byte* panel, int64_t r, i
     case Dtype::kBF16:
       return to_float(BFloat16{read_u16(units + c / 2 * packed::kUnitBytes + 4 * r + c % 2 * 2)});
     case Dtype::kF16:
-      return read_f16(units + c / 2 * packed::kUnitBytes + 4 * r + c % 2 * 2);
+      return f16_at(units + c / 2 * packed::kUnitBytes + 4 * r + c % 2 * 2);
     case Dtype::kQ8_0:
-      return read_f16(panel + (c / 32 * kRows + r) * 2) * static_cast<float>(byte_at(c / 4, c % 4) - 128);
+      return f16_at(group + c / 32 * 32 + 2 * r) * static_cast<float>(byte_at(c / 4, c % 4) - 128);
     case Dtype::kQ4_0: {
       const int n = byte_at(c / 32 * 4 + c % 16 / 4, c % 4) >> (c % 32 < 16 ? 0 : 4) & 15;
-      return read_f16(panel + (c / 32 * kRows + r) * 2) * static_cast<float>(n - 8);
+      return f16_at(group + c / 32 * 32 + 2 * r) * static_cast<float>(n - 8);
     }
     case Dtype::kQ4_K: {
-      const std::byte* header = panel + c / 256 * packed::kQ4KHeader;
-      const std::byte* part = header + 64 + c % 256 / 32 * 32;
+      const std::byte* part = group + 64 + c / 32 * 32;
+      const auto scale = static_cast<float>(std::to_integer<int>(part[r]));
+      const auto least = static_cast<float>(std::to_integer<int>(part[16 + r]));
       const int n = byte_at(c / 64 * 8 + c % 32 / 4, c % 4) >> (c % 64 < 32 ? 0 : 4) & 15;
-      return read_f16(header + 2 * r) * static_cast<float>(std::to_integer<int>(part[r])) *
-                 static_cast<float>(n) -
-             read_f16(header + 32 + 2 * r) * static_cast<float>(std::to_integer<int>(part[16 + r]));
+      return f16_at(group + 2 * r) * scale * static_cast<float>(n) - f16_at(group + 32 + 2 * r) * least;
     }
     default: {  // Q6_K
-      const std::byte* header = panel + c / 256 * packed::kQ6KHeader;
       const int64_t quarter = c % 128 / 32;
       const int64_t unit = c / 128 * 24;
       const int low = byte_at(unit + quarter % 2 * 8 + c % 32 / 4, c % 4) >> (quarter < 2 ? 0 : 4) & 15;
       const int high = byte_at(unit + 16 + c % 32 / 4, c % 4) >> (2 * quarter) & 3;
-      const auto scale = static_cast<int8_t>(header[32 + c % 256 / 16 * 16 + r]);
-      return read_f16(header + 2 * r) * static_cast<float>(scale) *
-             static_cast<float>((low | high << 4) - 32);
+      const auto scale = static_cast<int8_t>(group[32 + c / 16 * 16 + r]);
+      return f16_at(group + 2 * r) * static_cast<float>(scale) * static_cast<float>((low | high << 4) - 32);
     }
   }
 }
@@ -211,7 +207,7 @@ void unpack_row(const WeightMatrix& w, int64_t row, float* out) {
   KILIN_ASSERT(row >= 0 && row < w.rows);
   const auto* panel =
       static_cast<const std::byte*>(w.data) + row / kRows * packed::panel_bytes(w.dtype, w.cols);
-  for (int64_t c = 0; c < w.cols; ++c) out[c] = unpack_one(w.dtype, w.cols, panel, row % kRows, c);
+  for (int64_t c = 0; c < w.cols; ++c) out[c] = unpack_one(w.dtype, panel, row % kRows, c);
 }
 
 }  // namespace kilin

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "base/cpu.h"
+#include "kernels/mla/mla_amx.h"
 #include "kernels/mla/mla_isa.h"
 #include "kernels/mla/mla_orders.h"
 #include "kernels/mla/mla_scratch.h"
@@ -126,7 +128,14 @@ void Pass::run_pieces(const MlaParams& p, ThreadPool& pool) {
       tasks_.push_back({static_cast<int32_t>(s), static_cast<int32_t>(i)});
     }
   }
-  const auto kernel = KILIN_DISPATCH(mla_piece);
+  auto kernel = KILIN_DISPATCH(mla_piece);
+  auto floats = &mla_piece_floats;
+#if defined(__x86_64__)
+  if (active_isa() == Isa::kAmx && amx::mla_fits(p)) {
+    kernel = &amx::mla_piece;
+    floats = &amx::mla_piece_floats;
+  }
+#endif
   const int64_t stride = mla_padded(p.latent + p.rope);
   pool.parallel_for(static_cast<int64_t>(tasks_.size()), [&](int64_t index, int) {
     static thread_local MlaScratch<float> scratch;
@@ -143,7 +152,7 @@ void Pass::run_pieces(const MlaParams& p, ThreadPool& pool) {
     t.context = context_ + span.context + task.piece * mla_padded_rows(span.rows) * span.latent_padded;
     t.top = top_ + span.top + task.piece * span.rows;
     t.sum = sum_ + span.top + task.piece * span.rows;
-    t.scratch = scratch.get(mla_piece_floats(p, span.rows));
+    t.scratch = scratch.get(floats(p, span.rows));
     kernel(t);
   });
 }

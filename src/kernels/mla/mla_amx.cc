@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiled with AVX-512 and AMX (cmake/isa.cmake); runs only where base/cpu.h found both.
 //
-// A block of 64 keys is split into bfloat16 terms a few columns at a time, 8 or 16 KB that stay in the first-level
-// cache: as rows of keys for the scores, which are computed transposed (keys x rows), and again as pairs of keys for
-// the contexts. (Splitting the whole block once for both takes less arithmetic, but its 280 KB go to the second-level
-// cache and back: four times slower.) Up to 8 rows put both terms of a query, or of the softmax weights, side by side
-// into one tile and add the halves afterwards; more rows take a tile per term and leave out the product of the two
-// low terms.
+// A block of 64 keys is split into bfloat16 terms a few columns at a time, 8 or 16 KB that stay in the
+// first-level cache: as rows of keys for the scores, which are computed transposed (keys x rows), and again
+// as pairs of keys for the contexts. (Splitting the whole block once for both takes less arithmetic, but its
+// 280 KB go to the second-level cache and back: four times slower.) Up to 8 rows put both terms of a query,
+// or of the softmax weights, side by side into one tile and add the halves afterwards; more rows take a tile
+// per term and leave out the product of the two low terms.
 #include "kernels/mla/mla_amx.h"
 
 #include <immintrin.h>
@@ -58,8 +58,8 @@ Layout layout(const MlaParams& p, int64_t rows) {
   return l;
 }
 
-// A block of keys in the cache, and the one after it, whose lines are asked for meanwhile: those of even keys with
-// the scores, those of odd keys with the contexts.
+// A block of keys in the cache, and the one after it, whose lines are asked for meanwhile: those of even keys
+// with the scores, those of odd keys with the contexts.
 struct Keys {
   const char* cache;
   const char* next;  // nullptr: none
@@ -72,7 +72,12 @@ struct Terms {
   VecUint high, low;
 };
 KILIN_INLINE VecUint bits(Vec x) { return reinterpret_cast<VecUint>(x); }
-KILIN_INLINE VecUint pack(VecUint first, VecUint second) { return first >> 16 | (second & 0xffff0000u); }
+KILIN_INLINE VecUint pack(VecUint first, VecUint second) {
+  constexpr int kAOrBAndC = 0xf8;
+  return reinterpret_cast<VecUint>(_mm512_ternarylogic_epi32(reinterpret_cast<__m512i>(first >> 16),
+                                                             reinterpret_cast<__m512i>(second),
+                                                             _mm512_set1_epi32(-65536), kAOrBAndC));
+}
 
 // Exact for numbers of 11 bits, as float16 has: 8 in the high term, the rest in the low one.
 KILIN_INLINE Terms split_half(Vec first, Vec second) {
@@ -109,51 +114,82 @@ void split_queries(const MlaPiece& t, const Layout& l, float* to) {
   }
 }
 
+KILIN_INLINE void put_terms(const Terms& t, float* high) {
+  put(high, t.high);
+  put(high + kTile, t.low);
+}
+
 // Chunk c of keys [begin, begin + 16 tiles) as rows, [tile][high, low]; keys that are not there are zero.
 void split_rows(const Keys& keys, int64_t begin, int64_t tiles, int64_t c, bool all_lines, float* stage) {
-  for (int64_t i = 0; i < 16 * tiles; ++i) {
-    const int64_t k = begin + i;
-    const char* from = keys.cache + k * keys.row_bytes + 64 * c;
-    Terms terms{};
-    if (k < keys.count) terms = split_half(load_f16(from), load_f16(from + 32));
-    float* row = stage + i / 16 * 2 * kTile + i % 16 * 16;
-    put(row, terms.high);
-    put(row + kTile, terms.low);
-    if (keys.next != nullptr && (all_lines || k % 2 == 0)) {
-      __builtin_prefetch(keys.next + k * keys.row_bytes + 64 * c, 0, 2);
+  const char* from = keys.cache + begin * keys.row_bytes + 64 * c;
+  if (keys.count < kMlaKeyBlock) {
+    for (int64_t i = 0; i < 16 * tiles; ++i) {
+      Terms terms{};
+      if (begin + i < keys.count) {
+        const char* row = from + i * keys.row_bytes;
+        terms = split_half(load_f16(row), load_f16(row + 32));
+      }
+      put_terms(terms, stage + i / 16 * 2 * kTile + i % 16 * 16);
+    }
+    return;
+  }
+  const int64_t step = keys.row_bytes;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    float* to = stage + tile * 2 * kTile;
+    const char* row = from + tile * 16 * step;
+    const char* line = keys.next == nullptr ? row : keys.next + (row - keys.cache);
+    for (int64_t i = 0; i < 16; i += 2) {
+      put_terms(split_half(load_f16(row), load_f16(row + 32)), to);
+      put_terms(split_half(load_f16(row + step), load_f16(row + step + 32)), to + 16);
+      __builtin_prefetch(line, 0, 2);
+      if (all_lines) __builtin_prefetch(line + step, 0, 2);
+      row += 2 * step;
+      line += 2 * step;
+      to += 32;
     }
   }
 }
 
 // Latents [n, n + 64) as pairs of keys (i, 16 + i) of each group of 32, [group][4][high, low].
 void split_pairs(const Keys& keys, int64_t n, float* stage) {
-  for (int64_t g = 0; g < kKeyGroups; ++g) {
-    for (int64_t i = 0; i < 16; ++i) {
-      const int64_t k = 32 * g + i;
-      const char* first = keys.cache + k * keys.row_bytes + 2 * n;
-      const char* second = first + 16 * keys.row_bytes;
-      float* to = stage + g * 8 * kTile + i * 16;
+  const int64_t step = keys.row_bytes;
+  const char* from = keys.cache + 2 * n;
+  if (keys.count < kMlaKeyBlock) {
+    for (int64_t k = 0; k < kMlaKeyBlock; k += k % 32 == 15 ? 17 : 1) {
       for (int64_t v = 0; v < 4; ++v) {
-        const Vec a = k < keys.count ? load_f16(first + 32 * v) : zero();
-        const Vec b = k + 16 < keys.count ? load_f16(second + 32 * v) : zero();
-        const Terms terms = split_half(a, b);
-        put(to + v * 2 * kTile, terms.high);
-        put(to + v * 2 * kTile + kTile, terms.low);
+        const Vec a = k < keys.count ? load_f16(from + k * step + 32 * v) : zero();
+        const Vec b = k + 16 < keys.count ? load_f16(from + (k + 16) * step + 32 * v) : zero();
+        put_terms(split_half(a, b), stage + (k / 32 * 8 + v * 2) * kTile + k % 16 * 16);
       }
-      if (keys.next != nullptr && k % 2 == 1) {
-        const char* line = keys.next + k * keys.row_bytes + 2 * n;
+    }
+    return;
+  }
+  for (int64_t g = 0; g < kKeyGroups; ++g) {
+    const char* first = from + 32 * g * step;
+    const char* line = keys.next == nullptr ? first : keys.next + (first - keys.cache);
+    float* to = stage + g * 8 * kTile;
+    for (int64_t i = 0; i < 16; ++i) {
+      const char* second = first + 16 * step;
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        put_terms(split_half(load_f16(first + 32 * v), load_f16(second + 32 * v)), to + v * 2 * kTile);
+      }
+      if (i % 2 == 1) {
         __builtin_prefetch(line, 0, 2);
         __builtin_prefetch(line + 64, 0, 2);
-        __builtin_prefetch(line + 16 * keys.row_bytes, 0, 2);
-        __builtin_prefetch(line + 16 * keys.row_bytes + 64, 0, 2);
+        __builtin_prefetch(line + 16 * step, 0, 2);
+        __builtin_prefetch(line + 16 * step + 64, 0, 2);
       }
+      first += step;
+      line += step;
+      to += 16;
     }
   }
 }
 
 // transposed[key][row] of one tile of rows with both terms side by side
-void paired_scores(const Layout& l, int64_t latent_chunks, const float* queries, const Keys& keys, float* stage,
-                   float* transposed) {
+void paired_scores(const Layout& l, int64_t latent_chunks, const float* queries, const Keys& keys,
+                   float* stage, float* transposed) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -265,8 +301,8 @@ void context_tiles(const float* weights, const float* stage, float* c) {
     _tile_loadd(4, weights + g * 2 * kTile, 64);
     if constexpr (!kPaired) _tile_loadd(5, weights + (g * 2 + 1) * kTile, 64);
 #define KILIN_CONTEXT(i)                           \
-  _tile_loadd(6, b + (i) * 2 * kTile, 64);         \
-  _tile_loadd(7, b + (i) * 2 * kTile + kTile, 64); \
+  _tile_loadd(6, b + (i)*2 * kTile, 64);           \
+  _tile_loadd(7, b + (i)*2 * kTile + kTile, 64);   \
   _tile_dpbf16ps(i, 4, 6);                         \
   if constexpr (!kPaired) _tile_dpbf16ps(i, 5, 6); \
   _tile_dpbf16ps(i, 4, 7);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The core of the absorbed order on Intel's tile matrix unit (AMX, bfloat16), for float16 caches. A float16 latent
-// is exactly the sum of two bfloat16 terms; queries and softmax weights are rounded to two terms (2^-17 of each).
+// The core of the absorbed order on Intel's tile matrix unit (AMX, bfloat16), for float16 caches. A float16
+// latent is exactly the sum of two bfloat16 terms; queries and softmax weights are rounded to two terms
+// (2^-17 of each).
 #pragma once
 #include "kernels/mla/mla_isa.h"
 

@@ -12,5 +12,7 @@ Command add_chat(CLI::App& parent);
 Command add_info(CLI::App& parent);
 Command add_eval(CLI::App& parent);
 Command add_bench(CLI::App& parent);
+Command add_convert(CLI::App& parent);
+Command add_quantize(CLI::App& parent);
 
 }  // namespace kilin::cli

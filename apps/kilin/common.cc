@@ -12,6 +12,7 @@
 #include <system_error>
 
 #include "base/error.h"
+#include "io/gguf.h"
 #include "io/printable.h"
 #include "kilin/help.h"
 #include "text/utf8.h"
@@ -49,9 +50,12 @@ std::string read_all(int fd, const std::string& name) {
   }
 }
 
-bool has_tokenizer_files(const std::string& directory) {
+bool has_tokenizer(const std::string& model) {
   std::error_code ignored;
-  const std::filesystem::path path(directory);
+  if (io::GgufFile::is_gguf(model)) {
+    return io::GgufFile::open(model).get_string("tokenizer.ggml.model", "none") != "none";
+  }
+  const std::filesystem::path path(model);
   return std::filesystem::exists(path / "tokenizer.json", ignored) ||
          std::filesystem::exists(path / "tiktoken.model", ignored);
 }
@@ -59,7 +63,8 @@ bool has_tokenizer_files(const std::string& directory) {
 }  // namespace
 
 void add_model_argument(CLI::App& app, ModelArguments& arguments) {
-  app.add_option("MODEL", arguments.path, "Hugging Face directory of a Kimi Linear checkpoint")->required();
+  app.add_option("MODEL", arguments.path, "Hugging Face directory or GGUF file of a Kimi Linear model")
+      ->required();
 }
 
 void add_threads_option(CLI::App& app, int& threads) {
@@ -114,7 +119,7 @@ ModelOptions model_options(const ModelArguments& arguments) {
 
 Model load_model(const ModelArguments& arguments, bool need_tokenizer) {
   ModelOptions options = model_options(arguments);
-  options.require_tokenizer = need_tokenizer || has_tokenizer_files(arguments.path);
+  options.require_tokenizer = need_tokenizer || has_tokenizer(arguments.path);
   return Model::load(arguments.path, options);
 }
 

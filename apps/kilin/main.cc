@@ -25,8 +25,10 @@ constexpr const char* kExamples = R"(Examples:
   kilin info models/kilin-docs-10m
   kilin eval perplexity models/kilin-docs-10m --file text.txt
   kilin bench decode models/kilin-docs-10m --depth 4096
+  kilin quantize models/kilin-docs-10m docs-q8.gguf --type q8_0
 
-MODEL is a Hugging Face directory: config.json, safetensors, tokenizer.
+MODEL is a Hugging Face directory (config.json, safetensors, tokenizer) or a
+GGUF file of architecture kimi-linear.
 'kilin COMMAND --help' tells all options of a command. Results go to standard
 output, logs and progress to standard error. Exit codes: 0 done, 1 bad input
 or failure, 2 wrong usage, 130 ended by Ctrl-C.)";
@@ -65,8 +67,8 @@ int run(int argc, const char* const* argv) {
   };
   app.set_version_flag("--version", version,
                        "print the version, the instruction set and the cores, and exit");
-  const std::vector<Command> commands{add_run(app), add_chat(app), add_info(app), add_eval(app),
-                                      add_bench(app)};
+  const std::vector<Command> commands{add_run(app),   add_chat(app),    add_info(app),    add_eval(app),
+                                      add_bench(app), add_convert(app), add_quantize(app)};
   app.require_subcommand(1);
   if (argc == 1) {
     write_out(app.help());
@@ -77,8 +79,9 @@ int run(int argc, const char* const* argv) {
   const auto known =
       app.get_subcommands([&](const CLI::App* command) { return command->get_name() == first; });
   if (!first.starts_with('-') && known.empty()) {
-    return report_usage(app,
-                        fmt::format("found command '{}', expected run, chat, info, eval or bench", first));
+    return report_usage(
+        app,
+        fmt::format("found command '{}', expected run, chat, info, eval, bench, convert or quantize", first));
   }
   try {
     app.parse(argc, argv);

@@ -161,7 +161,8 @@ struct GenerateResult {
 // A loaded checkpoint. Cheap to copy: copies share the weights.
 class Model {
  public:
-  // path: a Hugging Face directory of KimiLinearForCausalLM (config.json, safetensors, tokenizer).
+  // path: a Hugging Face directory of KimiLinearForCausalLM (config.json, safetensors, tokenizer), or a GGUF
+  // file of architecture kimi-linear (of a split one the first part).
   static Model load(const std::string& path, const ModelOptions& options = {});
   // Random weights (stored as bfloat16) for the shape in a config.json: for measuring speed, not for text.
   static Model random(const std::string& config_path, uint64_t seed, const ModelOptions& options = {});

@@ -6,6 +6,7 @@
 #include "engine/api_impl.h"
 #include "engine/facts.h"
 #include "io/json.h"
+#include "model/gguf_config.h"
 
 namespace kilin {
 namespace {
@@ -17,23 +18,44 @@ void add_end_id(std::vector<int32_t>& ids, int64_t id, int64_t vocab) {
     ids.push_back(static_cast<int32_t>(id));
 }
 
+std::vector<int64_t> end_ids_of(const io::JsonReader& generation, int64_t vocab) {
+  if (!generation.has("eos_token_id")) return {};
+  if (generation.value("eos_token_id").is_array()) return generation.integers("eos_token_id", 0, vocab - 1);
+  return {generation.integer("eos_token_id", 0, vocab - 1)};
+}
+
+// Of generation_config.json.
+std::vector<int64_t> generation_end_ids(const fs::path& directory, int64_t vocab) {
+  const fs::path file = directory / "generation_config.json";
+  if (!fs::exists(file)) return {};
+  return end_ids_of(io::JsonReader::open(file.string()), vocab);
+}
+
+// Of a GGUF file: that of the document, of a turn and of a message, and what a generation_config.json said.
+std::vector<int64_t> generation_end_ids(const io::GgufFile& file, int64_t vocab) {
+  std::vector<int64_t> ids;
+  for (const char* name : {"eos", "eot", "eom"}) {
+    const std::string key = fmt::format("tokenizer.ggml.{}_token_id", name);
+    if (!file.has(key)) continue;
+    const int64_t id = file.get_int(key);
+    check(id >= 0 && id < vocab, "{}: key '{}': found {}, expected 0 to {}", file.path(), key, id, vocab - 1);
+    ids.push_back(id);
+  }
+  if (file.has(kGgufGenerationConfigKey)) {
+    const std::string name = fmt::format("{}: key '{}'", file.path(), kGgufGenerationConfigKey);
+    const io::JsonReader json(io::parse_json(file.get_string(kGgufGenerationConfigKey), name), name);
+    for (const int64_t id : end_ids_of(json, vocab)) ids.push_back(id);
+  }
+  return ids;
+}
+
 // Tokens that end a text: those of config.json and generation_config.json, the tokenizer's end of document,
 // and the chat format's end of turn (Moonshot's files name one in one place and another in the other).
-std::vector<int32_t> find_end_ids(const Config& config, const fs::path& directory,
+std::vector<int32_t> find_end_ids(const Config& config, const std::vector<int64_t>& generation,
                                   const std::optional<text::Tokenizer>& tokenizer) {
   std::vector<int32_t> ids;
   for (int64_t id : config.eos_ids) add_end_id(ids, id, config.vocab_size);
-  const fs::path generation = directory / "generation_config.json";
-  if (!directory.empty() && fs::exists(generation)) {
-    const auto json = io::JsonReader::open(generation.string());
-    if (json.has("eos_token_id")) {
-      const bool list = json.value("eos_token_id").is_array();
-      const std::vector<int64_t> found =
-          list ? json.integers("eos_token_id", 0, config.vocab_size - 1)
-               : std::vector{json.integer("eos_token_id", 0, config.vocab_size - 1)};
-      for (int64_t id : found) add_end_id(ids, id, config.vocab_size);
-    }
-  }
+  for (int64_t id : generation) add_end_id(ids, id, config.vocab_size);
   if (!tokenizer) return ids;
   if (tokenizer->eos_id()) add_end_id(ids, *tokenizer->eos_id(), config.vocab_size);
   for (const char* name : {"<|im_end|>", "[EOT]"}) {
@@ -77,22 +99,57 @@ void Model::Impl::check_tokens(std::span<const int32_t> tokens, int64_t past) co
 
 Model::Model(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
-Model Model::load(const std::string& path, const ModelOptions& options) {
-  const fs::path directory(path);
-  check(fs::exists(directory), "{}: no such file or directory", path);
-  check(fs::is_directory(directory),
-        "{}: is a file, expected a Hugging Face model directory (config.json, *.safetensors, tokenizer)",
-        path);
+namespace {
+
+// What a model's files say beside the weights.
+struct Source {
+  Config config;
+  std::vector<int64_t> generation_end_ids;
+  std::optional<text::Tokenizer> tokenizer;
+  std::optional<text::ChatTemplate> chat_template;
+};
+
+Source read_directory(const fs::path& directory, const ModelOptions& options) {
   check(fs::exists(directory / "config.json"),
-        "{}: has no config.json, expected a Hugging Face model directory", path);
-  Config config = read_config_file((directory / "config.json").string(), options.compatibility);
-  auto impl =
-      std::make_shared<Impl>(LoadedModel::load(std::move(config), io::Checkpoint::open(path)), options);
+        "{}: has no config.json, expected a Hugging Face model directory or a GGUF file", directory.string());
+  Source source{read_config_file((directory / "config.json").string(), options.compatibility), {}, {}, {}};
   if (options.require_tokenizer) {
-    impl->tokenizer = text::Tokenizer::load(directory);
-    impl->chat_template = text::ChatTemplate::load(directory);
+    source.tokenizer = text::Tokenizer::load(directory);
+    source.chat_template = text::ChatTemplate::load(directory);
   }
-  impl->end_ids = find_end_ids(impl->engine.config(), directory, impl->tokenizer);
+  source.generation_end_ids = generation_end_ids(directory, source.config.vocab_size);
+  return source;
+}
+
+Source read_gguf(const io::GgufFile& file, const ModelOptions& options) {
+  Source source{read_gguf_config(file, compatibility(options.compatibility)), {}, {}, {}};
+  if (options.require_tokenizer) {
+    source.tokenizer = text::Tokenizer::from_gguf(file);
+    source.chat_template = text::ChatTemplate::from_gguf(file, *source.tokenizer);
+  }
+  source.generation_end_ids = generation_end_ids(file, source.config.vocab_size);
+  return source;
+}
+
+}  // namespace
+
+Model Model::load(const std::string& path, const ModelOptions& options) {
+  check(fs::exists(path), "{}: no such file or directory", path);
+  const bool directory = fs::is_directory(path);
+  check(directory || io::GgufFile::is_gguf(path),
+        "{}: is a file but no GGUF file, expected one or a Hugging Face model directory (config.json, "
+        "*.safetensors, tokenizer)",
+        path);
+  // The configuration before the weights: a directory without it is no model at all.
+  std::optional<Source> source;
+  if (directory) source = read_directory(path, options);
+  io::Checkpoint checkpoint = io::Checkpoint::open(path);
+  if (!source) source = read_gguf(*checkpoint.gguf(), options);
+  auto impl =
+      std::make_shared<Impl>(LoadedModel::load(std::move(source->config), std::move(checkpoint)), options);
+  impl->tokenizer = std::move(source->tokenizer);
+  impl->chat_template = std::move(source->chat_template);
+  impl->end_ids = find_end_ids(impl->engine.config(), source->generation_end_ids, impl->tokenizer);
   impl->info = model_facts(impl->engine, path);
   return Model(std::move(impl));
 }

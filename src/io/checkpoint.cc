@@ -57,6 +57,8 @@ Checkpoint Checkpoint::open(const std::string& path) {
       fail("{}: found neither {} nor {} in this directory, expected one of them", path, kSingleFile,
            kIndexFile);
     }
+  } else if (GgufFile::is_gguf(path) || path.ends_with(".gguf")) {
+    result.add_file(GgufFile::open(path));
   } else {
     result.add_file(SafetensorsFile::open(path));
   }
@@ -64,8 +66,10 @@ Checkpoint Checkpoint::open(const std::string& path) {
   return result;
 }
 
-void Checkpoint::add_file(SafetensorsFile file) {
-  for (const std::string& name : file.names()) file_of_.emplace(name, files_.size());
+void Checkpoint::add_file(File file) {
+  const auto& names = std::visit(
+      [](const auto& f) -> const auto& { return f.names(); }, file);
+  for (const std::string& name : names) file_of_.emplace(name, files_.size());
   files_.push_back(std::move(file));
 }
 
@@ -91,7 +95,8 @@ void Checkpoint::add_shards(const std::string& directory, const std::string& ind
 
 const TensorView* Checkpoint::find(std::string_view name) const {
   const auto at = file_of_.find(name);
-  return at == file_of_.end() ? nullptr : files_[at->second].find(name);
+  if (at == file_of_.end()) return nullptr;
+  return std::visit([name](const auto& file) { return file.find(name); }, files_[at->second]);
 }
 
 const TensorView& Checkpoint::get(std::string_view name) const {
@@ -102,19 +107,24 @@ const TensorView& Checkpoint::get(std::string_view name) const {
 }
 
 std::vector<std::string> Checkpoint::files() const {
+  if (const GgufFile* file = gguf()) return file->files();
   std::vector<std::string> paths;
-  for (const SafetensorsFile& file : files_) paths.push_back(file.path());
+  for (const File& file : files_) paths.push_back(std::get<SafetensorsFile>(file).path());
   return paths;
 }
 
 uint64_t Checkpoint::total_bytes() const {
   uint64_t total = 0;
-  for (const SafetensorsFile& file : files_) total += file.data_bytes();
+  for (const File& file : files_) total += std::visit([](const auto& f) { return f.data_bytes(); }, file);
   return total;
 }
 
+const GgufFile* Checkpoint::gguf() const {
+  return files_.empty() ? nullptr : std::get_if<GgufFile>(&files_.front());
+}
+
 void Checkpoint::advise(Access access) const {
-  for (const SafetensorsFile& file : files_) file.advise(access);
+  for (const File& file : files_) std::visit([access](const auto& f) { f.advise(access); }, file);
 }
 
 }  // namespace kilin::io

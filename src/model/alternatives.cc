@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "model/gguf_names.h"
+
 namespace kilin {
 namespace {
 
@@ -13,7 +15,12 @@ std::string replaced(const std::string& name, const std::string& from, const std
 }
 
 void add(std::vector<TensorSource>& sources, std::string name, const Shape& shape, int64_t offset = 0) {
-  if (!name.empty()) sources.push_back({std::move(name), shape, offset});
+  if (name.empty()) return;
+  TensorSource source;
+  source.name = std::move(name);
+  source.shape = shape;
+  source.offset = offset;
+  sources.push_back(std::move(source));
 }
 
 void add_fused_convolution(const Parameter& p, const Config& c, std::vector<TensorSource>& sources) {
@@ -51,10 +58,40 @@ void add_expert(const Parameter& p, const Config& c, std::vector<TensorSource>& 
   }
 }
 
+// blk.N.attn_k_b [heads][latent][nope] and blk.N.attn_v_b [heads][value][latent] for kv_b_proj; older files
+// have it whole, under the name in gguf_names.h.
+void add_split_kv_b(const std::string& whole, const Config& c, std::vector<TensorSource>& sources) {
+  TensorSource source;
+  source.name = replaced(whole, "attn_kv_b", "attn_k_b");
+  source.shape = {c.mla.heads, c.mla.latent, c.mla.nope};
+  source.transform = Transform::kJoinHeads;
+  source.second_name = replaced(whole, "attn_kv_b", "attn_v_b");
+  source.second_shape = {c.mla.heads, c.mla.value, c.mla.latent};
+  sources.push_back(std::move(source));
+}
+
+// GGUF's names. Its convolutions are [1][channels][1][taps], or without the leading 1 once quantised by
+// llama.cpp's tool: same_shape() takes both.
+void add_gguf(const Parameter& p, const Config& c, std::vector<TensorSource>& sources) {
+  const std::string name = gguf_name(p);
+  if (p.role == Role::kExpert) {
+    const int64_t matrix = c.moe.width * c.hidden;
+    Shape stacked{c.moe.experts};
+    stacked.insert(stacked.end(), p.shape.begin(), p.shape.end());
+    return add(sources, name, stacked, expert_number(p).value_or(0) * matrix);
+  }
+  if (name.ends_with(".attn_kv_b.weight")) add_split_kv_b(name, c, sources);
+  add(sources, name, p.shape);
+  if (name.ends_with(".ssm_a")) sources.back().transform = Transform::kLogOfNegative;
+  add(sources, replaced(name, ".ssm_dt.bias", ".ssm_dt"), p.shape);
+  add(sources, replaced(name, ".exp_probs_b.bias", ".exp_probs_b"), p.shape);
+}
+
 }  // namespace
 
 std::vector<TensorSource> tensor_sources(const Parameter& p, const Config& c) {
-  std::vector<TensorSource> sources{{p.name, p.shape, 0}};
+  std::vector<TensorSource> sources;
+  add(sources, p.name, p.shape);
   for (const char* gate : {".f_a_proj.", ".f_b_proj.", ".dt_bias", ".A_log"}) {
     add(sources,
         replaced(p.name, std::string(".self_attn") + gate, std::string(".self_attn.forget_gate") + gate),
@@ -64,6 +101,7 @@ std::vector<TensorSource> tensor_sources(const Parameter& p, const Config& c) {
   add(sources, replaced(p.name, ".block_sparse_moe.", ".mlp."), p.shape);
   add(sources, replaced(p.name, ".mlp.", ".block_sparse_moe."), p.shape);
   if (p.role == Role::kExpert) add_expert(p, c, sources);
+  add_gguf(p, c, sources);
   return sources;
 }
 

@@ -28,7 +28,7 @@ struct TensorSource {
 // All places to look for a parameter, Moonshot's own spelling first, then those of transformers' native
 // class: `forget_gate.` in front of the forget gate's parameters, one conv1d for q, k and v, `mlp.` for
 // sparse layers (and `block_sparse_moe.` for dense ones, which save_pretrained writes), experts named
-// gate/up/down or stacked in one tensor.
+// gate/up/down or stacked in one tensor; then those of GGUF files (gguf_names.h).
 std::vector<TensorSource> tensor_sources(const Parameter& parameter, const Config& config);
 
 // Whether a stored shape is that of a parameter: equal but for dimensions of 1; vectors may come in any shape

@@ -213,8 +213,9 @@ TEST(QuantFormats, EveryNibble) {
     for (int i = 0; i < 256; ++i) {
       const int quarter = i / 32 % 4;
       const int n = (quarter < 2 ? pattern & 15 : pattern >> 4) + 16 * ((pattern ^ 0x5a) >> 2 * quarter & 3);
-      const int scale = six.scales[i / 16];
-      EXPECT_EQ(y[i], 0.5f * static_cast<float>(scale * (n - 32)));
+      const int part = i / 16;
+      const auto scale = static_cast<float>(six.scales[part]);
+      EXPECT_EQ(y[i], 0.5f * scale * static_cast<float>(n - 32));
     }
   }
 }

@@ -22,20 +22,23 @@ constexpr int kElements = 32;  // of a part
 constexpr int kLevels = 15;
 constexpr int kGuesses = 21;
 
-using Lane = float[kParts];
+// One number of each part. The compiler makes of it what vectors the machine has.
+using Lane [[gnu::vector_size(kParts * sizeof(float))]] = float;
+
+inline Lane same(float v) { return Lane{} + v; }
 
 // The nearest integer of v clamped to [0, 15] (halves to even); 0 for NaN. Adding and taking away 1.5 2^23
 // leaves no fraction bits.
-inline float nearest_level(float v) {
-  v = v > 0.0f ? v : 0.0f;
-  v = v < 15.0f ? v : 15.0f;
+inline Lane nearest_level(Lane v) {
+  v = v > 0.0f ? v : same(0.0f);
+  v = v < 15.0f ? v : same(15.0f);
   constexpr float kNoFraction = 12582912.0f;
   return (v + kNoFraction) - kNoFraction;
 }
 
 struct Block {
-  float x[kElements][kParts];
-  float weight[kElements][kParts];
+  Lane x[kElements];
+  Lane weight[kElements];
   Lane lowest, highest;    // of each part; lowest <= 0
   Lane sum_w, sum_x;       // sum w, sum w x
   Lane scale, minus_m;     // the best line so far: x ~ scale n + minus_m
@@ -47,112 +50,98 @@ void load(const float* x, Block& b) {
   for (int p = 0; p < kParts; ++p) {
     for (int i = 0; i < kElements; ++i) b.x[i][p] = x[kElements * p + i];
   }
-  Lane squares = {};
-  for (int p = 0; p < kParts; ++p) {
-    b.lowest[p] = b.highest[p] = b.x[0][p];
-    b.sum_w[p] = b.sum_x[p] = 0;
-  }
-  for (auto& row : b.x) {
-    for (int p = 0; p < kParts; ++p) squares[p] += row[p] * row[p];
-  }
-  for (float& square : squares) square = std::sqrt(square / kElements);
+  Lane rms = {};
+  for (const Lane& v : b.x) rms += v * v;
+  for (int p = 0; p < kParts; ++p) rms[p] = std::sqrt(rms[p] / kElements);
+  b.lowest = b.highest = b.x[0];
+  b.sum_w = b.sum_x = Lane{};
   for (int i = 0; i < kElements; ++i) {
-    for (int p = 0; p < kParts; ++p) {
-      const float v = b.x[i][p];
-      const float w = squares[p] + std::fabs(v);
-      b.weight[i][p] = w;
-      b.lowest[p] = v < b.lowest[p] ? v : b.lowest[p];
-      b.highest[p] = v > b.highest[p] ? v : b.highest[p];
-      b.sum_w[p] += w;
-      b.sum_x[p] += w * v;
-    }
+    const Lane v = b.x[i];
+    const Lane w = rms + (v < 0.0f ? -v : v);
+    b.weight[i] = w;
+    b.lowest = v < b.lowest ? v : b.lowest;
+    b.highest = v > b.highest ? v : b.highest;
+    b.sum_w += w;
+    b.sum_x += w * v;
   }
-  for (float& low : b.lowest) low = low > 0 ? 0 : low;
+  b.lowest = b.lowest > 0.0f ? same(0.0f) : b.lowest;
 }
 
-// E of the line (scale, offset) on the levels of a guess.
-void line_error(const Block& b, const Lane& guess, const Lane& base, const Lane& scale, const Lane& offset,
-                Lane& error) {
+using Levels = Lane[kElements];
+
+void levels_of(const Block& b, const Lane& guess, const Lane& base, Levels& levels) {
+  for (int i = 0; i < kElements; ++i) levels[i] = nearest_level(guess * (b.x[i] - base));
+}
+
+// E of the line (scale, offset) on these levels.
+Lane line_error(const Block& b, const Levels& levels, const Lane& scale, const Lane& offset) {
   Lane sum = {};
   for (int i = 0; i < kElements; ++i) {
-    for (int p = 0; p < kParts; ++p) {
-      const float n = nearest_level(guess[p] * (b.x[i][p] - base[p]));
-      const float difference = scale[p] * n + offset[p] - b.x[i][p];
-      sum[p] += b.weight[i][p] * (difference * difference);
-    }
+    const Lane difference = scale * levels[i] + offset - b.x[i];
+    sum += b.weight[i] * (difference * difference);
   }
-  for (int p = 0; p < kParts; ++p) error[p] = sum[p];
+  return sum;
 }
 
 struct LevelSums {
-  Lane n, nn, nx;  // sum w n, sum w n^2, sum w n x
+  Lane n = {}, nn = {}, nx = {};  // sum w n, sum w n^2, sum w n x
 };
 
-void level_sums(const Block& b, const Lane& guess, LevelSums& sums) {
-  LevelSums s = {};
+LevelSums level_sums(const Block& b, const Levels& levels) {
+  LevelSums s;
   for (int i = 0; i < kElements; ++i) {
-    for (int p = 0; p < kParts; ++p) {
-      const float n = nearest_level(guess[p] * (b.x[i][p] - b.minus_m[p]));
-      const float wn = b.weight[i][p] * n;
-      s.n[p] += wn;
-      s.nn[p] += wn * n;
-      s.nx[p] += wn * b.x[i][p];
-    }
+    const Lane wn = b.weight[i] * levels[i];
+    s.n += wn;
+    s.nn += wn * levels[i];
+    s.nx += wn * b.x[i];
   }
-  sums = s;
+  return s;
 }
 
 // Finite, or 0: a part so narrow that levels / range overflows has no levels to speak of (its scale will be 0
 // in float16).
 inline float finite_or_zero(float x) { return std::fabs(x) <= std::numeric_limits<float>::max() ? x : 0; }
+inline Lane finite_or_zero(Lane x) {
+  constexpr float kMax = std::numeric_limits<float>::max();
+  return ((x <= kMax) & (x >= -kMax)) ? x : same(0.0f);
+}
 
 void first_line(Block& b) {
-  for (int p = 0; p < kParts; ++p) {
-    const float guess = kLevels / (b.highest[p] - b.lowest[p]);
-    b.scale[p] = 1 / guess;
-    b.minus_m[p] = b.guess_base[p] = b.lowest[p];
-    b.guess[p] = finite_or_zero(guess);
-  }
-  line_error(b, b.guess, b.guess_base, b.scale, b.minus_m, b.error);
+  const Lane guess = same(kLevels) / (b.highest - b.lowest);
+  b.scale = 1 / guess;
+  b.minus_m = b.guess_base = b.lowest;
+  b.guess = finite_or_zero(guess);
+  Levels levels;
+  levels_of(b, b.guess, b.guess_base, levels);
+  b.error = line_error(b, levels, b.scale, b.minus_m);
 }
 
 void try_guess(int k, Block& b) {
   // The range is that of the best line so far: its offset may have left the lowest element.
-  Lane guess;
-  for (int p = 0; p < kParts; ++p) {
-    guess[p] =
-        finite_or_zero((-1.0f + 0.1f * static_cast<float>(k) + kLevels) / (b.highest[p] - b.minus_m[p]));
-  }
-  LevelSums s;
-  level_sums(b, guess, s);
-  Lane scale;
-  Lane offset;
-  Lane determinant;
-  for (int p = 0; p < kParts; ++p) {
-    determinant[p] = b.sum_w[p] * s.nn[p] - s.n[p] * s.n[p];
-    scale[p] = (b.sum_w[p] * s.nx[p] - b.sum_x[p] * s.n[p]) / determinant[p];
-    offset[p] = (s.nn[p] * b.sum_x[p] - s.n[p] * s.nx[p]) / determinant[p];
-    if (offset[p] > 0) {  // the format subtracts its minimum: no positive offset; a line through 0 instead
-      offset[p] = 0;
-      scale[p] = s.nx[p] / s.nn[p];
-    }
-  }
-  Lane error;
-  line_error(b, guess, b.minus_m, scale, offset, error);
-  for (int p = 0; p < kParts; ++p) {
-    if (!(determinant[p] > 0 && error[p] < b.error[p])) continue;
-    b.error[p] = error[p];
-    b.guess[p] = guess[p];
-    b.guess_base[p] = b.minus_m[p];
-    b.scale[p] = scale[p];
-    b.minus_m[p] = offset[p];
-  }
+  const Lane guess =
+      finite_or_zero(same(-1.0f + 0.1f * static_cast<float>(k) + kLevels) / (b.highest - b.minus_m));
+  Levels levels;
+  levels_of(b, guess, b.minus_m, levels);
+  const LevelSums s = level_sums(b, levels);
+  const Lane determinant = b.sum_w * s.nn - s.n * s.n;
+  Lane scale = (b.sum_w * s.nx - b.sum_x * s.n) / determinant;
+  Lane offset = (s.nn * b.sum_x - s.n * s.nx) / determinant;
+  // The format subtracts its minimum, so no positive offset: a line through 0 instead.
+  scale = offset > 0.0f ? s.nx / s.nn : scale;
+  offset = offset > 0.0f ? same(0.0f) : offset;
+  const Lane error = line_error(b, levels, scale, offset);
+  const auto better = (determinant > 0.0f) & (error < b.error);
+  b.error = better ? error : b.error;
+  b.guess = better ? guess : b.guess;
+  b.guess_base = better ? b.minus_m : b.guess_base;
+  b.scale = better ? scale : b.scale;
+  b.minus_m = better ? offset : b.minus_m;
 }
 
 // 6-bit integers q_p = round(v_p / step) with the step of the largest; returns the step.
 float round_to_6_bits(const Lane& values, uint8_t (&q)[kParts]) {
   float largest = 0;
-  for (const float v : values) largest = v > largest ? v : largest;
+  for (int p = 0; p < kParts; ++p) largest = values[p] > largest ? values[p] : largest;
   const float inverse = finite_or_zero(largest > 0 ? 63 / largest : 0);
   for (int p = 0; p < kParts; ++p) {
     const float v = inverse * values[p];
@@ -186,8 +175,7 @@ BlockQ4_K quantize_q4_k(const float* x) {
 
   uint8_t scales[kParts];
   uint8_t minima[kParts];
-  Lane m;
-  for (int p = 0; p < kParts; ++p) m[p] = -b.minus_m[p];
+  const Lane m = -b.minus_m;
   BlockQ4_K block{};
   block.d = float16_scale(round_to_6_bits(b.scale, scales));
   block.dmin = float16_scale(round_to_6_bits(m, minima));
@@ -195,15 +183,18 @@ BlockQ4_K quantize_q4_k(const float* x) {
 
   const float d = to_float(Float16{block.d});
   const float dmin = to_float(Float16{block.dmin});
+  Lane scale;
+  Lane minimum;
   for (int p = 0; p < kParts; ++p) {
-    const float scale = d * static_cast<float>(scales[p]);
-    const float minimum = dmin * static_cast<float>(minima[p]);
-    for (int i = 0; i < kElements; ++i) {
-      // With a stored scale of 0 levels make no difference; the search's stay, as in ggml's files.
-      const float level =
-          scale != 0 ? (b.x[i][p] + minimum) / scale : b.guess[p] * (b.x[i][p] - b.guess_base[p]);
-      block.q[32 * (p / 2) + i] |=
-          static_cast<uint8_t>(static_cast<uint8_t>(nearest_level(level)) << (p % 2 * 4));
+    scale[p] = d * static_cast<float>(scales[p]);
+    minimum[p] = dmin * static_cast<float>(minima[p]);
+  }
+  for (int i = 0; i < kElements; ++i) {
+    // With a stored scale of 0 levels make no difference; the search's stay, as in ggml's files.
+    const Lane level =
+        nearest_level(scale != 0.0f ? (b.x[i] + minimum) / scale : b.guess * (b.x[i] - b.guess_base));
+    for (int p = 0; p < kParts; ++p) {
+      block.q[32 * (p / 2) + i] |= static_cast<uint8_t>(static_cast<int>(level[p]) << (p % 2 * 4));
     }
   }
   return block;

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "text/jinja.h"
+#include "text/tokenizer.h"
 
 namespace kilin::text {
 
@@ -18,11 +19,21 @@ struct ChatMessage {
   std::string role, content;
 };
 
+// Jinja sources: the template, and that for conversations with tools of a checkpoint that has one of its own.
+struct ChatTemplateText {
+  std::string text;
+  std::optional<std::string> tools;
+};
+
 class ChatTemplate {
  public:
   // chat_template.jinja, else chat_template of tokenizer_config.json; nothing when there is neither.
   // bos_token and its like come from tokenizer_config.json.
   static std::optional<ChatTemplate> load(const std::filesystem::path& model_dir);
+  // Their sources alone.
+  static std::optional<ChatTemplateText> load_text(const std::filesystem::path& model_dir);
+  // tokenizer.chat_template of a GGUF file; nothing when there is none. `tokenizer`: that of the file.
+  static std::optional<ChatTemplate> from_gguf(const io::GgufFile& file, const Tokenizer& tokenizer);
 
   ChatTemplate(std::string name, std::string source, OrderedJson variables = OrderedJson::object());
 

@@ -15,6 +15,10 @@
 #include "text/byte_pair_encoder.h"
 #include "text/split_pattern.h"
 
+namespace kilin::io {
+class GgufFile;
+}
+
 namespace kilin::text {
 
 // The tokens that a model gives a role, by their text; empty for none.
@@ -46,10 +50,14 @@ class Tokenizer {
   static Tokenizer load_tokenizer_json(const std::filesystem::path& path);
   static Tokenizer load_tiktoken(const std::filesystem::path& path,
                                  const std::filesystem::path& tokenizer_config_path);
+  // The same before it becomes a tokenizer, for writing it in another format (text/gguf_tokenizer.h).
+  static TokenizerParts load_parts(const std::filesystem::path& model_dir);
 
   // The same from memory. `config` is the text of a tokenizer_config.json, or empty.
   static Tokenizer from_tokenizer_json(std::string_view json, std::string_view config = {});
   static Tokenizer from_tiktoken(std::string_view ranks, std::string_view config = {});
+  // Of the metadata of a GGUF file, see text/gguf_tokenizer.h.
+  static Tokenizer from_gguf(const io::GgufFile& file);
 
   explicit Tokenizer(TokenizerParts parts);
 

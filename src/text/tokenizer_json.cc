@@ -1,42 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <array>
 #include <unordered_map>
 #include <utility>
 
 #include "base/error.h"
+#include "text/byte_characters.h"
 #include "text/tokenizer_files.h"
-#include "text/utf8.h"
 
 namespace kilin::text {
 namespace {
-
-// Byte-level BPE writes each byte as a visible character: itself where it is one in Latin-1, else U+0100 and
-// up.
-class ByteCharacters {
- public:
-  ByteCharacters() {
-    byte_of_.fill(-1);
-    char32_t next = 0x100;
-    for (int byte = 0; byte < 256; ++byte) {
-      const bool visible = (byte >= '!' && byte <= '~') || (byte >= 0xA1 && byte <= 0xAC) || byte >= 0xAE;
-      byte_of_[visible ? static_cast<char32_t>(byte) : next++] = static_cast<int16_t>(byte);
-    }
-  }
-
-  // False when a character stands for no byte.
-  bool to_bytes(std::string_view characters, std::string& bytes) const {
-    bytes.clear();
-    for (size_t at = 0; at < characters.size(); at += utf8_length(characters[at])) {
-      const char32_t c = utf8_decode(characters.data() + at);
-      if (c >= byte_of_.size() || byte_of_[c] < 0) return false;
-      bytes.push_back(static_cast<char>(byte_of_[c]));
-    }
-    return true;
-  }
-
- private:
-  std::array<int16_t, 0x144> byte_of_;
-};
 
 using IdOfToken = std::unordered_map<std::string_view, int32_t>;
 
@@ -77,7 +48,7 @@ void check_added_id(const Json& vocab, const AddedToken& token) {
 
 // The bytes of every token; a token that is no byte-level text must be an added one, and has no bytes here.
 std::vector<std::string> parse_vocab(const Json& vocab, const std::vector<AddedToken>& added) {
-  static const ByteCharacters characters;
+  const ByteCharacters& characters = ByteCharacters::get();
   std::unordered_map<int32_t, std::string_view> added_text;
   for (const AddedToken& token : added) {
     check_added_id(vocab, token);

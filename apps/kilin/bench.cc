@@ -101,8 +101,8 @@ Command add_bench(CLI::App& parent) {
   CLI::App* app = parent.add_subcommand("bench", "measure speed, and the share of what the machine can do");
   app->footer(kFooter);
   app->require_subcommand(1);
-  const std::vector<Command> benchmarks{add_bench_prefill(*app), add_bench_decode(*app), add_bench_kda(*app), add_bench_mla(*app),
-                                        add_bench_bandwidth(*app)};
+  const std::vector<Command> benchmarks{add_bench_prefill(*app), add_bench_decode(*app), add_bench_kda(*app),
+                                        add_bench_mla(*app), add_bench_bandwidth(*app)};
   return {app, [benchmarks] { return run_chosen(benchmarks); }};
 }
 

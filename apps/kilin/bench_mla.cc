@@ -51,11 +51,11 @@ struct MlaBenchOptions {
 };
 
 struct Free {
-  void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{64}); }
+  void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{64}); }
 };
 using Bytes = std::unique_ptr<std::byte, Free>;
 Bytes allocate(size_t bytes) {
-  return Bytes(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{64})));
+  return Bytes(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{64})));
 }
 
 // Weights (bfloat16), queries and copies of a cache, all random.
@@ -145,8 +145,8 @@ class Inputs {
 
 struct Result {
   bool expanded = false;
-  Rates calls;        // per second
-  double flops = 0;   // of a call
+  Rates calls;       // per second
+  double flops = 0;  // of a call
   double bytes = 0;
 };
 
@@ -154,8 +154,8 @@ Result measure(const MlaBenchOptions& options, ThreadPool& pool) {
   const Inputs inputs(options);
   const MlaParams& p = inputs.params();
   Result result;
-  result.expanded = options.order == "expanded" ||
-                    (options.order == "auto" && options.queries >= mla_expand_threshold(p));
+  result.expanded =
+      options.order == "expanded" || (options.order == "auto" && options.queries >= mla_expand_threshold(p));
   const auto attend = [&](const MlaSequence& s) {
     if (result.expanded) {
       mla_expanded(p, s, pool);

@@ -29,8 +29,8 @@ struct ModelOptions {
   // Which implementation to agree with where implementations differ (docs/decisions/compatibility.md):
   // "transformers" (the native class), "remote-code" (Moonshot's modeling_kimi.py) or "vllm".
   std::string compatibility = "transformers";
-  // What a position of an MLA layer is kept in: "f16" takes half the memory and the time of reading it, "f32" is
-  // exact and takes any value (float16 ends at 65,504: beyond it prefill and decode throw).
+  // What a position of an MLA layer is kept in: "f16" takes half the memory and the time of reading it, "f32"
+  // is exact and takes any value (float16 ends at 65,504: beyond it prefill and decode throw).
   std::string cache_type = "f16";
   // Bind each thread to a physical core, the one that loads the model too (until the model is gone).
   bool pin_threads = false;

@@ -19,10 +19,10 @@ namespace kilin {
 
 class ThreadPool {
  public:
-  // threads >= 1 counts the calling thread. `pin` binds worker i to the i-th physical core this process may run
-  // on (from the first again when there are more threads), the constructing thread, worker 0, included: threads
-  // that it starts meanwhile inherit this. The destructor gives it back the cores it had. Throws Error if
-  // threads < 1 or above 1,024, or if the system refuses to pin.
+  // threads >= 1 counts the calling thread. `pin` binds worker i to the i-th physical core this process may
+  // run on (from the first again when there are more threads), the constructing thread, worker 0, included:
+  // threads that it starts meanwhile inherit this. The destructor gives it back the cores it had. Throws
+  // Error if threads < 1 or above 1,024, or if the system refuses to pin.
   explicit ThreadPool(int threads, bool pin = false);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;

@@ -67,8 +67,8 @@ std::vector<int32_t> find_end_ids(const Config& config, const std::vector<int64_
 EngineOptions engine_options(const ModelOptions& options) {
   check(options.threads >= 0 && options.threads <= 1024, "threads: found {}, expected 0 (all cores) to 1024",
         options.threads);
-  check(options.cache_type == "f16" || options.cache_type == "f32", "cache type: found '{}', expected f16 or f32",
-        options.cache_type);
+  check(options.cache_type == "f16" || options.cache_type == "f32",
+        "cache type: found '{}', expected f16 or f32", options.cache_type);
   return {options.threads, options.cache_type == "f16" ? Dtype::kF16 : Dtype::kF32, options.pin_threads};
 }
 

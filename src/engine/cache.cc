@@ -127,9 +127,7 @@ std::byte* Cache::row_at(int layer, int32_t slot, int64_t position) const {
 
 void Cache::store_latent(int layer, int32_t slot, int64_t position, const float* row) {
   if (mla_store_row(latent_type_, latent_width_, row, row_at(layer, slot, position))) return;
-  const auto larger = [](float a, float b) {
-    return std::abs(a) < std::abs(b) && std::isfinite(b);
-  };
+  const auto larger = [](float a, float b) { return std::abs(a) < std::abs(b) && std::isfinite(b); };
   fail("layer {}: a latent of size {} is beyond float16's 65504: use a float32 cache (--cache-type f32)",
        layer + 1, *std::max_element(row, row + latent_width_, larger));
 }
@@ -178,8 +176,8 @@ std::vector<std::byte> Cache::save(int32_t slot, int64_t tokens) const {
 
 void Cache::check_saved(std::span<const std::byte> bytes) const {
   SavedHeader header{};
-  check(bytes.size() >= sizeof header, "sequence checkpoint: found {} bytes, expected at least {}", bytes.size(),
-        sizeof header);
+  check(bytes.size() >= sizeof header, "sequence checkpoint: found {} bytes, expected at least {}",
+        bytes.size(), sizeof header);
   std::memcpy(&header, bytes.data(), sizeof header);
   const size_t bits = 8 * dtype_size(latent_type_);
   check(header.latent_bits == bits,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What sequences carry from token to token, by slot: fp32 states of KDA/GDN layers (V x K per head) and the
 // last inputs of their convolutions, both constant in length, and the latents of MLA layers (float16, or
-// float32 to be exact) in pages of kPageTokens rows. Pages are shared between copies of a sequence until one of
-// them writes.
+// float32 to be exact) in pages of kPageTokens rows. Pages are shared between copies of a sequence until one
+// of them writes.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -47,9 +47,7 @@ class Cache {
   Dtype latent_type() const { return latent_type_; }
 
   int64_t state_bytes() const;  // of one sequence, constant part
-  int64_t bytes_per_token() const {
-    return mla_layers_ * row_bytes_;
-  }
+  int64_t bytes_per_token() const { return mla_layers_ * row_bytes_; }
   int64_t bytes(int32_t slot) const;
 
   // The past of a slot with `tokens` tokens as bytes, and back (same shape and token count). The bytes begin

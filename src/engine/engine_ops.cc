@@ -135,12 +135,13 @@ void EngineOps::append_latents(const Tensor& kv, const MlaWeights<Weight>& w, in
   const MlaConfig& c = config_.mla;
   const auto scope = this->scope();
   const Tensor rows = tensor(kv.rows, c.latent + c.rope);
-  kilin::rms_norm(kv.rows, c.latent, kv.data, kv.width, w.kv_norm.vector, static_cast<float>(c.latent_norm_eps),
-                  rows.data, rows.width, pool_);
+  kilin::rms_norm(kv.rows, c.latent, kv.data, kv.width, w.kv_norm.vector,
+                  static_cast<float>(c.latent_norm_eps), rows.data, rows.width, pool_);
   const auto store = [&](int64_t r, int32_t slot) {
     const int64_t position = positions_[static_cast<size_t>(r)];
     float* row = rows.data + r * rows.width;
-    std::memcpy(row + c.latent, kv.data + r * kv.width + c.latent, static_cast<size_t>(c.rope) * sizeof(float));
+    std::memcpy(row + c.latent, kv.data + r * kv.width + c.latent,
+                static_cast<size_t>(c.rope) * sizeof(float));
     if (c.use_rope) rope_interleaved(1, c.rope, c.rope_theta, &position, row + c.latent, c.rope);
     cache_.store_latent(layer, slot, position, row);
   };
@@ -150,7 +151,8 @@ void EngineOps::append_latents(const Tensor& kv, const MlaWeights<Weight>& w, in
     const int64_t count = batch_.cu_seqlens[at + 1] - begin;
     constexpr int64_t kRows = 64;  // of one task
     pool_.parallel_for((count + kRows - 1) / kRows, [&](int64_t i, int) {
-      for (int64_t r = i * kRows; r < std::min(count, (i + 1) * kRows); ++r) store(begin + r, batch_.slots[at]);
+      for (int64_t r = i * kRows; r < std::min(count, (i + 1) * kRows); ++r)
+        store(begin + r, batch_.slots[at]);
     });
   }
 }

@@ -87,7 +87,8 @@ TEST_P(GoldenModel, logits_and_hidden_states_after_every_layer_agree) {
 }
 
 // The default cache rounds latents to float16, by at most 2^-11 of each: that moves scores and values of each
-// MLA layer by no more than 2^-11 of their norm (kernels/mla/mla_test.cc), errors of layers being independent.
+// MLA layer by no more than 2^-11 of their norm (kernels/mla/mla_test.cc), errors of layers being
+// independent.
 TEST_P(GoldenModel, a_half_precision_cache_moves_logits_by_its_rounding) {
   const Golden golden(golden_case().golden);
   Engine engine(load_model(directory(golden_case())), {2, Dtype::kF16});
@@ -207,10 +208,10 @@ TEST(GoldenPerplexity, every_window_of_valid_txt_agrees_with_either_cache) {
   const double exact = expect_windows(Dtype::kF32, 1e-4);
   // A token's loss moves by the error of its logits, 2^-11 of them, a window's by less: signs differ.
   const double half = expect_windows(Dtype::kF16, 2e-4);
-  std::printf("perplexity: float32 cache %.6f, float16 cache %.6f, difference %+.2e\n", exact, half, half - exact);
+  std::printf("perplexity: float32 cache %.6f, float16 cache %.6f, difference %+.2e\n", exact, half,
+              half - exact);
   EXPECT_NEAR(half, exact, 1e-3);
 }
-
 
 // The oracle shares blocks.h with the engine; these anchor both to code that nobody here wrote.
 class GoldenOracle : public ::testing::TestWithParam<Case> {};

@@ -297,7 +297,8 @@ TEST_F(Api, the_type_of_the_cache_is_a_choice_and_goes_with_checkpoints) {
 }
 
 TEST_F(Api, pinned_threads_compute_the_same) {
-  const Model pinned = Model::load(bundled_model(), {.threads = 2, .pin_threads = true, .require_tokenizer = false});
+  const Model pinned =
+      Model::load(bundled_model(), {.threads = 2, .pin_threads = true, .require_tokenizer = false});
   Sequence a = pinned.new_sequence();
   Sequence b = model_->new_sequence();
   a.prefill(prompt(20));

@@ -59,10 +59,10 @@ KILIN_INLINE Vec load_bf16(const void* p) {
   return reinterpret_cast<Vec>(__builtin_convertvector(h, VecUint) << 16);
 }
 
-// kLanes IEEE half values widened exactly (subnormals, infinities and NaN included), and kLanes floats rounded
-// to the nearest half, ties to even, beyond 65,519 to infinity. Without the instructions: the half's exponent
-// and mantissa bits, read as a float, are 2^-112 times the value, and one exact multiplication moves them
-// back; the other way round adding half an ulp of the half carries into the right bits.
+// kLanes IEEE half values widened exactly (subnormals, infinities and NaN included), and kLanes floats
+// rounded to the nearest half, ties to even, beyond 65,519 to infinity. Without the instructions: the half's
+// exponent and mantissa bits, read as a float, are 2^-112 times the value, and one exact multiplication moves
+// them back; the other way round adding half an ulp of the half carries into the right bits.
 #if defined(__AVX512F__)
 KILIN_INLINE Vec load_f16(const void* p) {
   // the forms with a mask: gcc 12 warns of an uninitialised value inside those without
@@ -70,8 +70,7 @@ KILIN_INLINE Vec load_f16(const void* p) {
       _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(p))));
 }
 KILIN_INLINE void store_f16(void* p, Vec v) {
-  _mm256_storeu_si256(static_cast<__m256i*>(p),
-                      _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__F16C__)
 KILIN_INLINE Vec load_f16(const void* p) {

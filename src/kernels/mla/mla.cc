@@ -4,8 +4,10 @@
 #include <cmath>
 #include <cstring>
 
+#include "base/cpu.h"
 #include "base/error.h"
 #include "base/float16.h"
+#include "kernels/mla/mla_amx.h"
 #include "kernels/mla/mla_isa.h"
 #include "kernels/mla/mla_orders.h"
 
@@ -29,11 +31,19 @@ double pairs(const MlaSequence& s) {
 
 }  // namespace
 
+// Per key and head, `count` queries cost count (2 latent + rope) multiply-adds absorbed, and count (nope +
+// rope + value) + (nope + value) latent expanded. These run at the same speed, but for AMX, which has the
+// first and the last product and not the attention between expanded keys: 2.2 and 2.75 times as fast as that
+// (measured with 8 and 32 heads: docs/notes/20261124-mla-cpu.md).
 int64_t mla_expand_threshold(const MlaParams& p) {
-  // Per key and head, `count` queries cost count (2 latent + rope) absorbed, and count (nope + rope + value)
-  // + (nope + value) latent expanded.
-  const int64_t saved = 2 * p.latent - p.nope - p.value;
-  return saved <= 0 ? INT64_MAX : (p.nope + p.value) * p.latent / saved + 1;
+  bool amx = false;
+#if defined(__x86_64__)
+  amx = active_isa() == Isa::kAmx && amx::mla_fits(p);
+#endif
+  const double absorbed = static_cast<double>(2 * p.latent + p.rope) / (amx ? 2.2 : 1.0);
+  const auto expanded = static_cast<double>(p.nope + p.rope + p.value);
+  const double once = static_cast<double>((p.nope + p.value) * p.latent) / (amx ? 2.75 : 1.0);
+  return absorbed <= expanded ? INT64_MAX : static_cast<int64_t>(once / (absorbed - expanded)) + 1;
 }
 
 void mla_absorbed(const MlaParams& p, const MlaSequence& s, ThreadPool& pool) {

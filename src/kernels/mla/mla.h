@@ -32,12 +32,12 @@ struct MlaParams {
   int64_t page_tokens = 0;         // a multiple of kMlaKeyBlock
   int64_t page_stride = 0;         // elements between cache rows, >= latent + rope
   int64_t sequences = 0;
-  const MlaSequence* sequence = nullptr;     // [sequences]; rows past + count are in the cache already
-  const float* q = nullptr;                  // [tokens][heads][nope + rope]
-  const WeightMatrix* k_absorb = nullptr;    // [heads], each [latent][nope]: W_UK[h]^T
-  const WeightMatrix* k_expand = nullptr;    // [heads], each [nope][latent]: W_UK[h]
-  const WeightMatrix* value_up = nullptr;    // [heads], each [value][latent]: W_UV[h]
-  float* out = nullptr;                      // [tokens][heads][value]
+  const MlaSequence* sequence = nullptr;   // [sequences]; rows past + count are in the cache already
+  const float* q = nullptr;                // [tokens][heads][nope + rope]
+  const WeightMatrix* k_absorb = nullptr;  // [heads], each [latent][nope]: W_UK[h]^T
+  const WeightMatrix* k_expand = nullptr;  // [heads], each [nope][latent]: W_UK[h]
+  const WeightMatrix* value_up = nullptr;  // [heads], each [value][latent]: W_UV[h]
+  float* out = nullptr;                    // [tokens][heads][value]
 };
 
 // Queries of one sequence from which the expanded order is used.

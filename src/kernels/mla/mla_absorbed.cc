@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "base/cpu.h"
+#include "kernels/mla/mla_amx.h"
 #include "kernels/mla/mla_isa.h"
 #include "kernels/mla/mla_orders.h"
 #include "kernels/mla/mla_scratch.h"
@@ -11,9 +13,12 @@
 namespace kilin {
 namespace {
 
-// A sequence is cut into pieces of at least kPieceKeys keys, at most kMaxPieces of them. The cut depends on its
-// length and its rows alone, not on the number of threads nor on other sequences, so neither do the sums.
-constexpr int64_t kPieceKeys = 1024;
+// A sequence is cut into pieces: up to kFewPieces of kShortPiece keys, beyond that of kLongPiece keys (the
+// first block of a piece is not asked for ahead), at most kMaxPieces. The cut depends on its length and its
+// rows alone, not on the number of threads nor on other sequences, so neither do the sums.
+constexpr int64_t kShortPiece = 256;
+constexpr int64_t kFewPieces = 16;
+constexpr int64_t kLongPiece = 1024;
 constexpr int64_t kMaxPieces = 128;
 // Bound of the partial sums of one pass, whatever the lengths and the number of queries: 16 MB.
 constexpr int64_t kContextFloats = int64_t{4} << 20;
@@ -42,7 +47,8 @@ Span make_span(const MlaParams& p, const MlaSequence& s, int64_t begin, int64_t 
   span.rows = (end - begin) * p.heads;
   span.latent_padded = mla_padded(p.latent);
   const int64_t room = kContextFloats / (mla_padded_rows(span.rows) * span.latent_padded);
-  const int64_t wanted = std::min(kMaxPieces, (span.keys() + kPieceKeys - 1) / kPieceKeys);
+  const int64_t few = std::min(kFewPieces, (span.keys() + kShortPiece - 1) / kShortPiece);
+  const int64_t wanted = std::min(kMaxPieces, std::max(few, (span.keys() + kLongPiece - 1) / kLongPiece));
   const int64_t pieces = std::max<int64_t>(1, std::min(wanted, room));
   const int64_t even = (span.keys() + pieces - 1) / pieces;
   span.piece_keys = (even + kMlaKeyBlock - 1) / kMlaKeyBlock * kMlaKeyBlock;
@@ -88,12 +94,12 @@ class Pass {
   int64_t rows_ = 0, floats_ = 0, tops_ = 0;
   MlaScratch<float> queries_memory_, context_memory_, top_memory_, merged_memory_;
   MlaScratch<int64_t> visible_memory_;
-  float* queries_ = nullptr;   // [rows][mla_padded(latent + rope)], a row per token and head
-  float* context_ = nullptr;   // per span [pieces][padded rows][mla_padded(latent)]
-  float* top_ = nullptr;       // per span [pieces][rows]
-  float* sum_ = nullptr;       // like top_
-  float* merged_ = nullptr;    // [rows][mla_padded(latent)]
-  int64_t* visible_ = nullptr; // [rows]
+  float* queries_ = nullptr;    // [rows][mla_padded(latent + rope)], a row per token and head
+  float* context_ = nullptr;    // per span [pieces][padded rows][mla_padded(latent)]
+  float* top_ = nullptr;        // per span [pieces][rows]
+  float* sum_ = nullptr;        // like top_
+  float* merged_ = nullptr;     // [rows][mla_padded(latent)]
+  int64_t* visible_ = nullptr;  // [rows]
 };
 
 void Pass::absorb_queries(const MlaParams& p, ThreadPool& pool) {
@@ -126,7 +132,14 @@ void Pass::run_pieces(const MlaParams& p, ThreadPool& pool) {
       tasks_.push_back({static_cast<int32_t>(s), static_cast<int32_t>(i)});
     }
   }
-  const auto kernel = KILIN_DISPATCH(mla_piece);
+  auto kernel = KILIN_DISPATCH(mla_piece);
+  auto floats = &mla_piece_floats;
+#if defined(__x86_64__)
+  if (active_isa() == Isa::kAmx && amx::mla_fits(p)) {
+    kernel = &amx::mla_piece;
+    floats = &amx::mla_piece_floats;
+  }
+#endif
   const int64_t stride = mla_padded(p.latent + p.rope);
   pool.parallel_for(static_cast<int64_t>(tasks_.size()), [&](int64_t index, int) {
     static thread_local MlaScratch<float> scratch;
@@ -143,7 +156,7 @@ void Pass::run_pieces(const MlaParams& p, ThreadPool& pool) {
     t.context = context_ + span.context + task.piece * mla_padded_rows(span.rows) * span.latent_padded;
     t.top = top_ + span.top + task.piece * span.rows;
     t.sum = sum_ + span.top + task.piece * span.rows;
-    t.scratch = scratch.get(mla_piece_floats(p, span.rows));
+    t.scratch = scratch.get(floats(p, span.rows));
     kernel(t);
   });
 }

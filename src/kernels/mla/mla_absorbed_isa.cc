@@ -8,8 +8,8 @@
 namespace kilin::KILIN_ISA {
 namespace {
 
-// Scores: kScoreRows x kScoreKeys sums with the lanes along the width, added across lanes at the end. Contexts:
-// kContextRows rows x up to 3 vectors of latents, one key per step.
+// Scores: kScoreRows x kScoreKeys sums with the lanes along the width, added across lanes at the end.
+// Contexts: kContextRows rows x up to 3 vectors of latents, one key per step.
 inline constexpr int kScoreRows = 4;
 inline constexpr int kScoreKeys = kRegisters == 32 ? 4 : 2;
 inline constexpr int kScoreSets = kScoreRows * kScoreKeys / kLanes;  // of sums that are added across lanes
@@ -26,7 +26,8 @@ static_assert(kScoreRows * kScoreKeys % kLanes == 0);
 struct Ahead {
   const char* at = nullptr;
   const char* end = nullptr;
-  // The first of the next n lines, or nullptr. Lines behind the block's end may be asked for: that does no harm.
+  // The first of the next n lines, or nullptr. Lines behind the block's end may be asked for: that does no
+  // harm.
   const char* take(int64_t n) {
     if (at >= end) return nullptr;
     const char* first = at;
@@ -116,9 +117,9 @@ KILIN_INLINE void context_tile(int64_t keys, const float* weights, const float* 
   }
 }
 
-// A block of keys: `keys` rows of the cache. Their floats are in the cache itself (float32 in whole vectors) or
-// are widened a few rows at a time into `widened`, which stays in the first-level cache: twice, for scores and
-// for contexts, because all of a block's rows as floats would go to the second level and back.
+// A block of keys: `keys` rows of the cache. Their floats are in the cache itself (float32 in whole vectors)
+// or are widened a few rows at a time into `widened`, which stays in the first-level cache: twice, for scores
+// and for contexts, because all of a block's rows as floats would go to the second level and back.
 struct Block {
   int64_t keys;
   const char* cache;  // the first cache row
@@ -153,7 +154,8 @@ void block_scores(const MlaPiece& t, const Block& block, float* scores, Ahead& a
       for (int i = 0; i < kScoreRows; ++i) q[i] = t.queries + least(r + i, t.rows - 1) * padded;
       for (int64_t j = first; j < last; j += kScoreKeys) {
         const float* key[kScoreKeys];
-        for (int k = 0; k < kScoreKeys; ++k) key[k] = rows.first + (least(j + k, last - 1) - first) * rows.stride;
+        for (int k = 0; k < kScoreKeys; ++k)
+          key[k] = rows.first + (least(j + k, last - 1) - first) * rows.stride;
         float* to = scores + r * kMlaKeyBlock + j;
         const char* lines = r < kPrefetchRows ? ahead.take(padded / (2 * kLanes)) : nullptr;
         if (lines != nullptr) {

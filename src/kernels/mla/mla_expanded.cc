@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The expanded order: blocks of keys are multiplied out for all heads, then all queries go over the block with
-// a running softmax. The keys are multiplied out once per call; memory does not grow with the length.
+// The expanded order: blocks of keys are multiplied out for all heads, then all queries go over the block
+// with a running softmax. The keys are multiplied out once per call; memory does not grow with the length.
 #include <algorithm>
 #include <vector>
 

@@ -7,7 +7,8 @@
 namespace kilin::KILIN_ISA {
 namespace {
 
-// to[c * kMlaPanelKeys + i] = from[i * stride + c] for c < depth and i < rows; columns from `rows` on are zero.
+// to[c * kMlaPanelKeys + i] = from[i * stride + c] for c < depth and i < rows; columns from `rows` on are
+// zero.
 void transpose_rows(int64_t rows, int64_t depth, const float* from, int64_t stride, float* to) {
   for (int64_t i = 0; i < kMlaPanelKeys; i += kLanes) {
     int64_t c = 0;
@@ -20,7 +21,8 @@ void transpose_rows(int64_t rows, int64_t depth, const float* from, int64_t stri
       }
     }
     for (; c < depth; ++c) {
-      for (int64_t k = i; k < i + kLanes; ++k) to[c * kMlaPanelKeys + k] = k < rows ? from[k * stride + c] : 0;
+      for (int64_t k = i; k < i + kLanes; ++k)
+        to[c * kMlaPanelKeys + k] = k < rows ? from[k * stride + c] : 0;
     }
   }
 }

@@ -10,7 +10,9 @@ namespace kilin {
 constexpr int64_t mla_padded(int64_t n) { return (n + 15) / 16 * 16; }
 // Query rows are computed in tiles of so many; score and context memory has rows for whole tiles.
 inline constexpr int64_t kMlaRowTile = 8;
-constexpr int64_t mla_padded_rows(int64_t rows) { return (rows + kMlaRowTile - 1) / kMlaRowTile * kMlaRowTile; }
+constexpr int64_t mla_padded_rows(int64_t rows) {
+  return (rows + kMlaRowTile - 1) / kMlaRowTile * kMlaRowTile;
+}
 // Keys of a panel of transposed keys in the expanded order.
 inline constexpr int64_t kMlaPanelKeys = 32;
 // Queries handled at once in the expanded order.
@@ -35,8 +37,8 @@ constexpr int64_t mla_piece_floats(const MlaParams& p, int64_t rows) {
 
 // Expanded: one block of keys of all heads, multiplied out.
 struct MlaKeys {
-  int64_t begin, end;    // keys of the sequence
-  int64_t capacity;      // rows and panels that the memory below has for each head, a multiple of kMlaPanelKeys
+  int64_t begin, end;  // keys of the sequence
+  int64_t capacity;    // rows and panels that the memory below has for each head, a multiple of kMlaPanelKeys
   const float* latents;  // [end - begin][mla_padded(latent + rope)]
   const float* keys;     // [heads][capacity][nope]: W_UK c
   float* panels;         // [heads][capacity / kMlaPanelKeys][nope + rope][kMlaPanelKeys]: keys transposed
@@ -68,4 +70,5 @@ KILIN_DECLARE_ISA(void mla_piece(const MlaPiece& piece);
                   void mla_load_rows(Dtype type, int64_t n, int64_t width, const void* from, int64_t stride,
                                      float* to);
                   void mla_pack_panel(const MlaParams& p, const MlaKeys& keys, int64_t head, int64_t panel);
-                  void mla_expanded_block(const MlaParams& p, const MlaKeys& keys, const MlaQueries& queries);)
+                  void mla_expanded_block(const MlaParams& p, const MlaKeys& keys,
+                                          const MlaQueries& queries);)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Our matmul on bfloat16 weights where they lie, beside OpenBLAS's sgemm on float32 weights widened
+// Our matmul on packed bfloat16 weights, beside OpenBLAS's sgemm on float32 weights widened
 // beforehand (work that is not counted against it), interleaved in one run. Usage: bench_matmul [THREADS];
 // apt-get install libopenblas-dev
 #include <cblas.h>
@@ -11,6 +11,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <memory>
+#include <new>
 #include <nlohmann/json.hpp>
 #include <vector>
 
@@ -36,6 +38,10 @@ double seconds(const F& f) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
+struct Free {
+  void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{kilin::kPackAlignment}); }
+};
+
 struct Result {
   double ours = 1e30, blas = 1e30, difference = 0;
 };
@@ -50,8 +56,11 @@ Result measure(const Shape& s, kilin::ThreadPool& pool) {
     wide[i] = kilin::to_float(w[i]);
   }
   for (float& v : x) v = static_cast<float>(random.normal());
-  const kilin::MatmulJob job{s.tokens,    x.data(), s.cols, {w.data(), kilin::Dtype::kBF16, s.rows, s.cols},
-                             ours.data(), s.rows};
+  const std::unique_ptr<std::byte, Free> packed(static_cast<std::byte*>(::operator new (
+      kilin::packed_bytes(kilin::Dtype::kBF16, s.rows, s.cols), std::align_val_t{kilin::kPackAlignment})));
+  kilin::pack_weights(kilin::Dtype::kBF16, w.data(), s.rows, s.cols, 0, s.rows, packed.get());
+  const kilin::MatmulJob job{
+      s.tokens, x.data(), s.cols, {packed.get(), kilin::Dtype::kBF16, s.rows, s.cols}, ours.data(), s.rows};
   Result best;
   for (int i = 0; i < 15; ++i) {
     best.ours = std::min(best.ours, seconds([&] { kilin::matmul(std::span(&job, 1), pool); }));

@@ -46,14 +46,17 @@ struct FoundTensor {
   TensorView second;
 };
 
+// Whether a random model keeps its values beside the packed weights, for table() (tests).
+enum class StoredValues { kDrop, kKeep };
+
 // A model's weights and what keeps them alive.
 class LoadedModel {
  public:
   // Finds every parameter in the checkpoint, checks shapes and types, and refuses tensors that no parameter
   // uses.
   static LoadedModel load(Config config, io::Checkpoint checkpoint);
-  // bfloat16 matrices of uniform random values with deviation 0.02.
-  static LoadedModel random(Config config, uint64_t seed);
+  // bfloat16 values of random_values(). Without kKeep, views in table() but the embedding's have no data.
+  static LoadedModel random(Config config, uint64_t seed, StoredValues values = StoredValues::kDrop);
 
   const Config& config() const { return config_; }
   const ModelWeights<Weight>& weights() const { return weights_; }
@@ -83,7 +86,7 @@ class LoadedModel {
   PackedMemory packed_;
   std::optional<io::Checkpoint> checkpoint_;
   std::deque<std::vector<float>> floats_;
-  std::unique_ptr<BFloat16[]> random_table_;
+  std::vector<std::unique_ptr<BFloat16[]>> random_values_;
 };
 
 }  // namespace kilin

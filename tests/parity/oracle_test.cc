@@ -86,7 +86,7 @@ class Family : public ::testing::TestWithParam<std::tuple<Isa, Variant>> {
 
   void expect_agreement(const std::string& compat) {
     const Config config = config_of(std::get<1>(GetParam()), compat);
-    Engine engine(LoadedModel::random(config, 77), {2, Dtype::kF32});
+    Engine engine(LoadedModel::random(config, 77, StoredValues::kKeep), {2, Dtype::kF32});
     ModelWeights<Matrix<double>> weights(config);
     size_t i = 0;
     visit_parameters(weights, config, [&](const Parameter& p, Matrix<double>& w) {

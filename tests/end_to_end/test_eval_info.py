@@ -78,7 +78,7 @@ class Info(TestCase):
         # 6 KDA layers of 4 heads x 64 x 64 floats, and convolution states; 2 MLA layers of 64 + 16 floats.
         self.assertGreaterEqual(info["state_bytes_per_sequence"], 6 * 4 * 64 * 64 * 4)
         self.assertLessEqual(info["state_bytes_per_sequence"], 6 * 4 * 64 * (64 + 3 * 4) * 4)
-        self.assertEqual(info["cache_bytes_per_token"], 2 * (64 + 16) * 4)
+        self.assertEqual(info["cache_bytes_per_token"], 2 * (64 + 16) * 2)
         growth = info["sequence_bytes"]["1048576"] - info["sequence_bytes"]["131072"]
         self.assertEqual(growth, (1048576 - 131072) * info["cache_bytes_per_token"])
 

@@ -15,9 +15,9 @@ namespace {
 using namespace avx512;  // NOLINT: the SIMD vocabulary, compiled for this file's instruction set
 
 constexpr int64_t kTileBytes = 1024;
-// Columns that are widened and multiplied at once: the terms of 2 panels are 32 KB and stay in L1 while the
-// tokens pass by.
-constexpr int64_t kDepth = 256;
+// Columns that are widened and multiplied at once: the terms of 2 panels are 16 KB and stay in L1 while the tokens pass
+// by.
+constexpr int64_t kDepth = 128;
 constexpr int64_t kDepthChunks = kDepth / kTileColumns;
 constexpr int64_t kPanels = 2;
 
@@ -179,62 +179,50 @@ struct Operands {
   int64_t chunks;
 };
 
-// Tiles 0 to 3 hold C (token tile i, panel j in 2 i + j), 4 and 5 A, 6 and 7 B.
-KILIN_INLINE void multiply_add() {
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_dpbf16ps(3, 5, 7);
-}
-
+// Tiles 0 to 3 hold C (token tile i, panel j in 2 i + j), 4 and 5 A, 6 and 7 B. A tile is loaded again only
+// after two products with the other one, so that loads run beside products.
 template <bool kTwoTerms>
 KILIN_INLINE void multiply_block(const Operands& o) {
   for (int64_t k = 0; k < o.chunks; ++k) {
     const std::byte* a0 = o.a[0] + k * 2 * kTileBytes;
     const std::byte* a1 = o.a[1] + k * 2 * kTileBytes;
-    _tile_loadd(4, a0, 64);
-    _tile_loadd(5, a1, 64);
-    if constexpr (kTwoTerms) {
-      _tile_loadd(6, o.b_low[0] + k * kTileBytes, 64);
-      _tile_loadd(7, o.b_low[1] + k * kTileBytes, 64);
-      multiply_add();
-    }
-    _tile_loadd(6, o.b_high[0] + k * kTileBytes, 64);
-    _tile_loadd(7, o.b_high[1] + k * kTileBytes, 64);
-    multiply_add();
+    const int64_t b = k * kTileBytes;
+    _tile_loadd(6, o.b_high[0] + b, 64);
     _tile_loadd(4, a0 + kTileBytes, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, o.b_high[1] + b, 64);
+    _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, a1 + kTileBytes, 64);
-    multiply_add();
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(4, a0, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a1, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    if constexpr (kTwoTerms) {
+      _tile_loadd(6, o.b_low[0] + b, 64);
+      _tile_dpbf16ps(3, 5, 7);
+      _tile_loadd(7, o.b_low[1] + b, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_dpbf16ps(3, 5, 7);
   }
 }
 
-// C tiles from and to y; where y ends inside a tile, through `edge` ([32][32] floats).
-struct Target {
-  float* y;
-  int64_t stride;
-  int64_t tokens, rows;  // of this block of at most 32 x 32
-  float* edge;
-};
-
-void copy_edge(const Target& t, bool in) {
-  for (int64_t i = 0; i < t.tokens; ++i) {
-    float* const from = in ? t.y + i * t.stride : t.edge + i * 32;
-    float* const to = in ? t.edge + i * 32 : t.y + i * t.stride;
-    std::memcpy(to, from, static_cast<size_t>(t.rows) * sizeof(float));
-  }
-}
+// Sums of 32 tokens x 2 panels: C tiles 0 to 3, 1 KB each. They stay in a buffer of their own over the blocks
+// of depth: rows of y are a power of two apart, and 16 of them would fight for the same lines of the cache.
+constexpr int64_t kSumBytes = 4 * kTileBytes;
 
 template <bool kTwoTerms>
-void multiply(const Operands& o, const Target& t, bool accumulate) {
-  const bool whole = t.tokens == 32 && t.rows == 32;
-  float* c = whole ? t.y : t.edge;
-  const int64_t stride = whole ? t.stride : 32;
+void multiply(const Operands& o, std::byte* sums, bool accumulate) {
   if (accumulate) {
-    if (!whole) copy_edge(t, true);
-    _tile_loadd(0, c, stride * 4);
-    _tile_loadd(1, c + 16, stride * 4);
-    _tile_loadd(2, c + 16 * stride, stride * 4);
-    _tile_loadd(3, c + 16 * stride + 16, stride * 4);
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + kTileBytes, 64);
+    _tile_loadd(2, sums + 2 * kTileBytes, 64);
+    _tile_loadd(3, sums + 3 * kTileBytes, 64);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -242,15 +230,52 @@ void multiply(const Operands& o, const Target& t, bool accumulate) {
     _tile_zero(3);
   }
   multiply_block<kTwoTerms>(o);
-  _tile_stored(0, c, stride * 4);
-  _tile_stored(1, c + 16, stride * 4);
-  _tile_stored(2, c + 16 * stride, stride * 4);
-  _tile_stored(3, c + 16 * stride + 16, stride * 4);
-  if (!whole) copy_edge(t, false);
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + kTileBytes, 64);
+  _tile_stored(2, sums + 2 * kTileBytes, 64);
+  _tile_stored(3, sums + 3 * kTileBytes, 64);
+}
+
+// y of at most 32 tokens and 32 rows
+void write_sums(const std::byte* sums, int64_t tokens, int64_t rows, float* y, int64_t y_stride) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t panel = 0; panel * 16 < rows; ++panel) {
+      const std::byte* from = sums + (t / 16 * 2 + panel) * kTileBytes + t % 16 * 64;
+      float* to = y + t * y_stride + panel * 16;
+      Vec sum;
+      std::memcpy(&sum, from, sizeof sum);
+      if (rows - panel * 16 >= 16) {
+        store(to, sum);
+      } else {
+        store_part(to, sum, static_cast<int>(rows - panel * 16));
+      }
+    }
+  }
 }
 
 constexpr int64_t kWideBytes = kPanels * 2 * kDepthChunks * kTileBytes;
-constexpr int64_t kEdgeBytes = 32 * 32 * 4;
+constexpr int64_t kSumsBytes = kBlockTokens / 32 * kSumBytes;
+
+// Operands of B for one block of depth: the weights themselves, or their terms in `wide`.
+Operands weights_block(const WeightMatrix& w, const std::byte* panel, int64_t second, int64_t chunk,
+                       int64_t chunks, std::byte* wide) {
+  Operands o;
+  o.chunks = chunks;
+  for (int j = 0; j < 2; ++j) {
+    const std::byte* source = panel + j * second;
+    if (w.dtype == Dtype::kBF16) {
+      o.b_high[j] = source + chunk * kTileBytes;
+      o.b_low[j] = nullptr;
+      continue;
+    }
+    std::byte* high = wide + (second != 0 ? j : 0) * 2 * kDepthChunks * kTileBytes;
+    std::byte* low = high + kDepthChunks * kTileBytes;
+    if (j == 0 || second != 0) widen(w, source, chunk, chunks, high, low);
+    o.b_high[j] = high;
+    o.b_low[j] = low;
+  }
+  return o;
+}
 
 }  // namespace
 
@@ -295,49 +320,37 @@ void matmul_tiles(const MatmulJob& job, PanelRange panels, int64_t first, int64_
   alignas(64) const TileConfig config;
   _tile_loadconfig(&config);
   const WeightMatrix& w = job.w;
-  const bool two_terms = w.dtype != Dtype::kBF16;
   const int64_t chunks = packed::columns(w.cols) / kTileColumns;
   const int64_t panel_bytes = packed::panel_bytes(w.dtype, w.cols);
-  auto* edge = reinterpret_cast<float*>(scratch + kWideBytes);
+  std::byte* const sums = scratch + kWideBytes;
   for (int64_t i = panels.begin; i < panels.end; i += kPanels) {
     const std::byte* panel = static_cast<const std::byte*>(w.data) + i * panel_bytes;
     const int64_t second =
         i + 1 < panels.end ? panel_bytes : 0;  // a lone panel is multiplied twice, stored once
-    const int64_t rows = second == 0 ? 16 : 32;
-    const int64_t left = w.rows - i * packed::kRows;
     for (int64_t k = 0; k < chunks; k += kDepthChunks) {
-      Operands o;
-      o.chunks = chunks - k < kDepthChunks ? chunks - k : kDepthChunks;
-      for (int j = 0; j < 2; ++j) {
-        const std::byte* source = panel + j * second;
-        if (two_terms) {
-          std::byte* high = scratch + (second != 0 ? j : 0) * 2 * kDepthChunks * kTileBytes;
-          std::byte* low = high + kDepthChunks * kTileBytes;
-          if (j == 0 || second != 0) widen(w, source, k, o.chunks, high, low);
-          o.b_high[j] = high;
-          o.b_low[j] = low;
-        } else {
-          o.b_high[j] = source + k * kTileBytes;
-          o.b_low[j] = nullptr;
-        }
-      }
+      const int64_t depth = chunks - k < kDepthChunks ? chunks - k : kDepthChunks;
+      Operands o = weights_block(w, panel, second, k, depth, scratch);
       for (int64_t t = first; t < last; t += 2 * kTileTokens) {
-        const std::byte* a = split_from + (t / kTileTokens * chunks + k) * 2 * kTileBytes;
-        o.a[0] = a;
-        o.a[1] = t + kTileTokens < last ? a + chunks * 2 * kTileBytes : a;
-        const Target target{job.y + t * job.y_stride + i * packed::kRows, job.y_stride,
-                            last - t < 32 ? last - t : 32, left < rows ? left : rows, edge};
-        if (two_terms) {
-          multiply<true>(o, target, k > 0);
+        o.a[0] = split_from + (t / kTileTokens * chunks + k) * 2 * kTileBytes;
+        o.a[1] = t + kTileTokens < last ? o.a[0] + chunks * 2 * kTileBytes : o.a[0];
+        std::byte* to = sums + (t - first) / 32 * kSumBytes;
+        if (w.dtype == Dtype::kBF16) {
+          multiply<false>(o, to, k > 0);
         } else {
-          multiply<false>(o, target, k > 0);
+          multiply<true>(o, to, k > 0);
         }
       }
+    }
+    const int64_t left = w.rows - i * packed::kRows;
+    const int64_t rows = second == 0 ? 16 : 32;
+    for (int64_t t = first; t < last; t += 32) {
+      write_sums(sums + (t - first) / 32 * kSumBytes, last - t < 32 ? last - t : 32,
+                 left < rows ? left : rows, job.y + t * job.y_stride + i * packed::kRows, job.y_stride);
     }
   }
   _tile_release();
 }
 
-int64_t scratch_bytes() { return kWideBytes + kEdgeBytes; }
+int64_t scratch_bytes() { return kWideBytes + kSumsBytes; }
 
 }  // namespace kilin::amx

@@ -17,7 +17,7 @@ struct ModelArguments {
   int threads = 0;
   std::string device = "cpu";
   std::string compatibility = "transformers";
-  int64_t prefill_chunk = 512;
+  int64_t prefill_chunk = 2048;
   std::string cache_type = "f16";
   bool pin = false;
 };

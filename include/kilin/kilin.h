@@ -34,7 +34,7 @@ struct ModelOptions {
   std::string cache_type = "f16";
   // Bind each thread to a physical core, the one that loads the model too (until the model is gone).
   bool pin_threads = false;
-  int64_t prefill_chunk = 512;  // tokens computed at once in prefill: bounds the memory of activations
+  int64_t prefill_chunk = 2048;  // tokens computed at once in prefill: bounds the memory of activations
   bool check_finite =
       true;  // stop with an error when logits are NaN or infinite, naming the weights to blame
   bool require_tokenizer = true;  // false: token ids only (encode, decode and chat_prompt throw)

@@ -15,8 +15,8 @@ namespace {
 using namespace avx512;  // NOLINT: the SIMD vocabulary, compiled for this file's instruction set
 
 constexpr int64_t kTileBytes = 1024;
-// Columns that are widened and multiplied at once: the terms of 2 panels are 16 KB and stay in L1 while the tokens pass
-// by.
+// Columns that are widened and multiplied at once: the terms of 2 panels are 16 KB and stay in L1 while the
+// tokens pass by.
 constexpr int64_t kDepth = 128;
 constexpr int64_t kDepthChunks = kDepth / kTileColumns;
 constexpr int64_t kPanels = 2;
@@ -64,13 +64,25 @@ KILIN_INLINE Vec load_bytes(const std::byte* p) {
   return __builtin_convertvector(__builtin_convertvector(b, VecInt), Vec);
 }
 
-// Four integers of each row (a byte each, minus `offset`) times `scale`, minus `least`: two pairs of terms
-KILIN_INLINE void widen_group(VecUint w, float offset, Vec scale, Vec least, std::byte* high,
-                              std::byte* low) {
+// x = n scale + bias for four integers n of each row (a byte of w each): two pairs of terms
+KILIN_INLINE void widen_group(VecUint w, Vec scale, Vec bias, std::byte* high, std::byte* low) {
   Vec x[4];
   for (int i = 0; i < 4; ++i) {
     const auto n = reinterpret_cast<VecInt>((w >> (8 * i)) & 255u);
-    x[i] = (__builtin_convertvector(n, Vec) - splat(offset)) * scale - least;
+    x[i] = __builtin_convertvector(n, Vec) * scale + bias;
+  }
+  store_terms(split(x[0], x[1]), high, low);
+  store_terms(split(x[2], x[3]), high + 64, low + 64);
+}
+
+// The same for the four-bit integers at bits `shift` on of each byte: a permutation of 0.0 to 15.0 looks only
+// at the lowest four bits of an index, which spares the masks and the conversions.
+KILIN_INLINE void widen_nibbles(VecUint w, int shift, Vec scale, Vec bias, std::byte* high, std::byte* low) {
+  const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  Vec x[4];
+  for (int i = 0; i < 4; ++i) {
+    const auto index = reinterpret_cast<__m512i>(w >> (8 * i + shift));
+    x[i] = reinterpret_cast<Vec>(_mm512_permutexvar_ps(index, values)) * scale + bias;
   }
   store_terms(split(x[0], x[1]), high, low);
   store_terms(split(x[2], x[3]), high + 64, low + 64);
@@ -83,8 +95,9 @@ void widen_q8_0(const std::byte* panel, int64_t first, int64_t chunks, std::byte
     const std::byte* group = panel + b / 2 * kGroup.bytes;
     const std::byte* units = group + kGroup.header + b % 2 * 8 * 64;
     const Vec d = load_f16(group + b % 2 * 32);
+    const Vec bias = d * splat(-128.0f);
     for (int u = 0; u < 8; ++u)
-      widen_group(load_unit(units + u * 64), 128.0f, d, zero(), high + u * 128, low + u * 128);
+      widen_group(load_unit(units + u * 64), d, bias, high + u * 128, low + u * 128);
   }
 }
 
@@ -94,11 +107,12 @@ void widen_q4_0(const std::byte* panel, int64_t first, int64_t chunks, std::byte
     const std::byte* group = panel + b / 2 * kGroup.bytes;
     const std::byte* units = group + kGroup.header + b % 2 * 4 * 64;
     const Vec d = load_f16(group + b % 2 * 32);
+    const Vec bias = d * splat(-8.0f);
     for (int u = 0; u < 4; ++u) {
       const VecUint w = load_unit(units + u * 64);
       const int64_t at = u * 128;
-      widen_group(w & 0x0f0f0f0fu, 8.0f, d, zero(), high + at, low + at);
-      widen_group((w >> 4) & 0x0f0f0f0fu, 8.0f, d, zero(), high + at + 512, low + at + 512);
+      widen_nibbles(w, 0, d, bias, high + at, low + at);
+      widen_nibbles(w, 4, d, bias, high + at + 512, low + at + 512);
     }
   }
 }
@@ -112,8 +126,8 @@ void widen_q4_k(const std::byte* panel, int64_t first, int64_t chunks, std::byte
     const Vec scale = load_f16(group) * load_bytes<Bytes16>(scales);
     const Vec least = load_f16(group + 32) * load_bytes<Bytes16>(scales + 16);
     for (int u = 0; u < 8; ++u) {
-      const VecUint w = load_unit(units + u * 64) >> (part % 2 * 4);
-      widen_group(w & 0x0f0f0f0fu, 0.0f, scale, least, high + u * 128, low + u * 128);
+      widen_nibbles(load_unit(units + u * 64), static_cast<int>(part % 2 * 4), scale, -least, high + u * 128,
+                    low + u * 128);
     }
   }
 }
@@ -130,7 +144,7 @@ void widen_q6_k(const std::byte* panel, int64_t first, int64_t chunks, std::byte
       const VecUint high_bits = load_unit(units + (16 + u) * 64) >> (2 * quarter);
       const VecUint w = (low_bits & 0x0f0f0f0fu) | ((high_bits & 0x03030303u) << 4);
       const Vec scale = d * load_bytes<SignedBytes16>(group + 32 + (part % 8 * 2 + u / 4) * 16);
-      widen_group(w, 32.0f, scale, zero(), high + u * 128, low + u * 128);
+      widen_group(w, scale, scale * splat(-32.0f), high + u * 128, low + u * 128);
     }
   }
 }

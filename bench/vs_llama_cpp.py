@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Kilin beside llama.cpp on the same GGUF files: prefill and decode, each pair of measurements next to each other.
+
+  bench/vs_llama_cpp.py --llama-bench PATH [--quick] [--types bf16,q8_0,q4_0] [--threads 2] [--files DIR]
+
+PATH is llama.cpp's llama-bench (measured with commit 3f545becc, built outside this repository with GGML_NATIVE=OFF and
+GGML_AVX2, GGML_FMA, GGML_F16C, GGML_BMI2, GGML_AVX512, GGML_AVX512_VNNI, GGML_AVX512_BF16 and GGML_AVX512_VBMI on: with
+its AMX buffers compiled in, that commit stops with an assertion on quantised files of this architecture). The files are
+written by kilin itself from configs/bench/twelve-layers.json with random weights, into DIR, where they stay.
+
+Prints a table and, as the last line, a JSON object. Shares: decode of the measured bandwidth of reading memory (bytes of
+active weights, state and cache), prefill of the measured float32 multiply-adds.
+"""
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Ratios that issue 3 asks for: (prefill 2,048, prefill 8,192, decode, decode at 16,384).
+TARGETS = {"bf16": (2.5, 3.0, 1.45, 2.4), "q8_0": (4.0, 5.0, 1.9, 3.5), "q4_0": (3.5, 4.0, 2.3, 4.5)}
+
+
+def run(command):
+    print("+", " ".join(map(str, command)), file=sys.stderr)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"vs_llama_cpp: exit {done.returncode}: {' '.join(map(str, command))}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def model_file(options, kind):
+    directory = pathlib.Path(options.files)
+    directory.mkdir(parents=True, exist_ok=True)
+    base = directory / "twelve-layers-bf16.gguf"
+    if not base.exists():
+        run([options.kilin, "convert", "--random", ROOT / "configs/bench/twelve-layers.json", base])
+    file = directory / f"twelve-layers-{kind}.gguf"
+    if not file.exists():
+        run([options.kilin, "quantize", base, file, "--type", kind])
+    return file
+
+
+def kilin(options, file, what, *arguments):
+    out = run([options.kilin, "bench", what, file, *arguments, "--threads", options.threads, "--repeat", options.repeat,
+               "--json"])
+    return json.loads(out.strip().split("\n")[-1])
+
+
+def llama(options, file, prompt, generate, depth):
+    repeat = 1 if max(prompt, depth) > 4096 else 2
+    out = run([options.llama_bench, "-m", file, "-t", options.threads, "-p", prompt, "-n", generate, "-d", depth,
+               "-r", repeat, "-o", "json"])
+    return json.loads(out)[-1]["avg_ts"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-bench", required=True)
+    parser.add_argument("--kilin", default=str(ROOT / "build/release/kilin"))
+    parser.add_argument("--types", default="bf16,q8_0,q4_0")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--files", default=str(pathlib.Path(tempfile.gettempdir()) / "kilin-bench"))
+    parser.add_argument("--quick", action="store_true", help="only prefill 2,048 and decode at depth 0")
+    options = parser.parse_args()
+    rows = []
+    for kind in options.types.split(","):
+        file = model_file(options, kind)
+        cases = [("prefill", 2048), ("prefill", 8192), ("decode", 0), ("decode", 16384)]
+        for i, (what, size) in enumerate(cases):
+            if options.quick and i in (1, 3):
+                continue
+            if what == "prefill":
+                ours = kilin(options, file, "prefill", "--tokens", size)
+                theirs = llama(options, file, size, 0, 0)
+                share = f"{100 * ours['share_of_peak']:.0f} % of fp32 FMA"
+            else:
+                ours = kilin(options, file, "decode", "--depth", size, "--tokens", 64 if size == 0 else 32)
+                theirs = llama(options, file, 0, 64 if size == 0 else 16, size)
+                share = f"{100 * ours['share_of_bandwidth']:.0f} % of reading"
+            rows.append({"type": kind, "what": what, "size": size, "kilin": ours["tokens_per_second"], "llama": theirs,
+                         "ratio": ours["tokens_per_second"] / theirs, "target": TARGETS.get(kind, (None,) * 4)[i],
+                         "share": share, "bandwidth": ours["bandwidth_bytes_per_second"],
+                         "peak": ours["peak_flops_per_second"]})
+    print("| weights | what | Kilin tokens/s | llama.cpp tokens/s | ratio | asked for | share | machine |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for r in rows:
+        name = f"prefill {r['size']:,}" if r["what"] == "prefill" else f"decode at {r['size']:,}"
+        machine = f"{r['bandwidth'] / 1e9:.1f} GB/s, {r['peak'] / 1e9:.0f} GFLOP/s"
+        print(f"| {r['type']} | {name} | {r['kilin']:.1f} | {r['llama']:.1f} | {r['ratio']:.2f} | {r['target'] or ''} | "
+              f"{r['share']} | {machine} |")
+    print(json.dumps({"bench": "vs_llama_cpp", "threads": options.threads, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -75,15 +75,22 @@ KILIN_INLINE void widen_group(VecUint w, Vec scale, Vec bias, std::byte* high, s
   store_terms(split(x[2], x[3]), high + 64, low + 64);
 }
 
+// Lane i of the result is lane index[i] % 16 of v.
+KILIN_INLINE Vec permute(Vec v, VecUint index) {
+#if defined(__clang__)
+  return reinterpret_cast<Vec>(
+      _mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), reinterpret_cast<__m512>(v)));
+#else
+  return __builtin_shuffle(v, reinterpret_cast<VecInt>(index));
+#endif
+}
+
 // The same for the four-bit integers at bits `shift` on of each byte: a permutation of 0.0 to 15.0 looks only
 // at the lowest four bits of an index, which spares the masks and the conversions.
 KILIN_INLINE void widen_nibbles(VecUint w, int shift, Vec scale, Vec bias, std::byte* high, std::byte* low) {
-  const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const Vec values{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   Vec x[4];
-  for (int i = 0; i < 4; ++i) {
-    const auto index = reinterpret_cast<__m512i>(w >> (8 * i + shift));
-    x[i] = reinterpret_cast<Vec>(_mm512_permutexvar_ps(index, values)) * scale + bias;
-  }
+  for (int i = 0; i < 4; ++i) x[i] = permute(values, w >> (8 * i + shift)) * scale + bias;
   store_terms(split(x[0], x[1]), high, low);
   store_terms(split(x[2], x[3]), high + 64, low + 64);
 }

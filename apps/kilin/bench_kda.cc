@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/cpu.h"
+#include "base/huge_memory.h"
 #include "base/random.h"
 #include "base/thread_pool.h"
 #include "kernels/kda/kda.h"
@@ -73,8 +74,8 @@ class Inputs {
   void clear_state() { std::fill(state_.begin(), state_.end(), 0.0f); }
 
  private:
-  std::vector<float> normal(size_t count) {
-    std::vector<float> values(count);
+  HugeVector<float> normal(size_t count) {
+    HugeVector<float> values(count);
     for (float& value : values) value = static_cast<float>(random_.normal());
     return values;
   }
@@ -106,7 +107,7 @@ class Inputs {
   std::array<int32_t, 2> cu_seqlens_;
   std::array<int32_t, 2> one_token_{0, 1};
   int32_t slot_ = 0;
-  std::vector<float> q_, k_, v_, gate_, beta_, a_log_, dt_bias_, state_, out_;
+  HugeVector<float> q_, k_, v_, gate_, beta_, a_log_, dt_bias_, state_, out_;
   KdaParams params_;
 };
 

@@ -2,15 +2,12 @@
 #include "engine/arena.h"
 
 #include <algorithm>
-#include <new>
 
 namespace kilin {
 namespace {
 constexpr size_t kAlignFloats = 16;
 constexpr size_t kBlockFloats = size_t{1} << 20;
 }  // namespace
-
-void Arena::Free::operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
 
 float* Arena::allocate(int64_t floats) {
   const size_t need = (static_cast<size_t>(floats) + kAlignFloats - 1) / kAlignFloats * kAlignFloats;
@@ -20,7 +17,8 @@ float* Arena::allocate(int64_t floats) {
   }
   if (block_ == blocks_.size()) {
     const size_t size = std::max(need, kBlockFloats);
-    blocks_.push_back({std::unique_ptr<float[], Free>(new (std::align_val_t{64}) float[size]), size});
+    blocks_.push_back(
+        {std::unique_ptr<float[], FreeHuge>(static_cast<float*>(allocate_huge(size * sizeof(float)))), size});
     used_ = 0;
   }
   float* p = blocks_[block_].data.get() + used_;

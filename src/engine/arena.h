@@ -5,6 +5,8 @@
 #include <memory>
 #include <vector>
 
+#include "base/huge_memory.h"
+
 namespace kilin {
 
 // Memory for the intermediates of one forward pass: handing out and giving back are a pointer's move, and
@@ -24,11 +26,8 @@ class Arena {
   }
 
  private:
-  struct Free {
-    void operator()(float* p) const;
-  };
   struct Block {
-    std::unique_ptr<float[], Free> data;
+    std::unique_ptr<float[], FreeHuge> data;
     size_t floats;
   };
   std::vector<Block> blocks_;

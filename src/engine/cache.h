@@ -10,6 +10,7 @@
 #include <span>
 #include <vector>
 
+#include "base/huge_memory.h"
 #include "model/config.h"
 #include "model/ops.h"
 #include "tensor/dtype.h"
@@ -74,7 +75,7 @@ class Cache {
   Dtype latent_type_;
   int64_t latent_width_ = 0, row_bytes_ = 0, page_bytes_ = 0;
   std::vector<int64_t> index_;  // [layers] position among the layers of its sort
-  std::vector<float> state_, conv_;
+  HugeVector<float> state_, conv_;
   std::vector<Latents> latents_;
   std::vector<int32_t> free_;
 };

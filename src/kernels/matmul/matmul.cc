@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/huge_memory.h"
 #include "kernels/matmul/amx.h"
 #include "kernels/matmul/layout.h"
 #include "kernels/matmul/matmul_isa.h"
@@ -67,17 +68,15 @@ class Buffer {
  public:
   std::byte* get(size_t bytes) {
     if (bytes > size_) {
-      memory_.reset(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{kPackAlignment})));
+      memory_.reset();
+      memory_.reset(static_cast<std::byte*>(allocate_huge(bytes)));
       size_ = bytes;
     }
     return memory_.get();
   }
 
  private:
-  struct Free {
-    void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{kPackAlignment}); }
-  };
-  std::unique_ptr<std::byte, Free> memory_;
+  std::unique_ptr<std::byte, FreeHuge> memory_;
   size_t size_ = 0;
 };
 

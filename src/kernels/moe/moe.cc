@@ -88,7 +88,7 @@ void group_by_expert(int64_t choices, size_t experts, const int32_t* ids, MoeScr
     s.row_of[static_cast<size_t>(i)] = next[static_cast<size_t>(ids[i])]++;
 }
 
-void grow(std::vector<float>& v, int64_t n) {
+void grow(HugeVector<float>& v, int64_t n) {
   if (v.size() < static_cast<size_t>(n)) v.resize(static_cast<size_t>(n));
 }
 

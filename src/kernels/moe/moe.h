@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "base/huge_memory.h"
 #include "base/thread_pool.h"
 #include "kernels/matmul/matmul.h"
 
@@ -40,7 +41,7 @@ struct ExpertWeights {
 // down(silu(gate x) * up x). Tokens are grouped by expert, so that each chosen expert's weights are read
 // once. x, y [tokens][hidden]; shared may be null. `scratch` keeps its memory between calls.
 struct MoeScratch {
-  std::vector<float> x, hidden, out;
+  HugeVector<float> x, hidden, out;
   std::vector<int32_t> row_of, offsets;
   std::vector<MatmulJob> jobs;
 };

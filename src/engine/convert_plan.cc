@@ -56,7 +56,8 @@ Dtype wanted_dtype(WeightType type, Dtype source, const PlannedTensor& t) {
   if (t.role == Role::kVector || t.role == Role::kConv || t.role == Role::kRouter) return Dtype::kF32;
   switch (type) {
     case WeightType::kAuto:
-      return source;
+      // Types that are read only can be copied as they are, but not made anew.
+      return t.content == Content::kWhole || quant::writable(source) ? source : Dtype::kQ8_0;
     case WeightType::kF32:
       return Dtype::kF32;
     case WeightType::kBF16:

@@ -92,6 +92,18 @@ TEST(ConvertPlan, MixedPrecision) {
   }
 }
 
+// Types that are read only: copied where the elements stay as they are, Q8_0 where rows are cut anew.
+TEST(ConvertPlan, TypesThatCannotBeWritten) {
+  using enum WeightType;
+  for (const Dtype dtype : {Dtype::kQ5_0, Dtype::kQ6_K}) {
+    PlannedTensor t = planned("blk.1.attn_k_b.weight", Role::kProjection, 512);
+    EXPECT_EQ(chosen(kAuto, dtype, t), dtype);
+    t.content = Content::kKeyRows;
+    EXPECT_EQ(chosen(kAuto, dtype, t), Dtype::kQ8_0);
+    EXPECT_EQ(chosen(kQ4_K, dtype, planned("blk.1.attn_q.weight", Role::kProjection, 512)), Dtype::kQ4_K);
+  }
+}
+
 TEST(ConvertPlan, RowsThatBlocksDoNotFill) {
   PlannedTensor t = planned("blk.1.attn_q.weight", Role::kProjection, 96);
   choose_dtype(WeightType::kQ4_K, Dtype::kBF16, t);

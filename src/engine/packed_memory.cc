@@ -18,6 +18,8 @@ constexpr size_t kHugePage = size_t{1} << 21;
 // Stored bytes of one piece of packing work.
 constexpr size_t kPieceBytes = size_t{1} << 19;
 
+Dtype packed_dtype(Dtype stored) { return stored == Dtype::kQ5_0 ? Dtype::kQ8_0 : stored; }
+
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
@@ -62,9 +64,10 @@ std::byte* PackedMemory::allocate(size_t bytes) {
 }
 
 WeightMatrix PackedMemory::add(Dtype dtype, const void* stored, int64_t rows, int64_t cols) {
-  std::byte* const target = allocate(packed_bytes(dtype, rows, cols));
+  const Dtype packed = packed_dtype(dtype);
+  std::byte* const target = allocate(packed_bytes(packed, rows, cols));
   tasks_.push_back({stored, target, dtype, rows, cols});
-  return {target, dtype, rows, cols};
+  return {target, packed, rows, cols};
 }
 
 WeightMatrix PackedMemory::add(Dtype dtype, std::span<const float> values, int64_t rows, int64_t cols) {
@@ -73,6 +76,19 @@ WeightMatrix PackedMemory::add(Dtype dtype, std::span<const float> values, int64
   std::vector<std::byte>& bytes = made_.emplace_back(dtype_bytes(dtype, n));
   quant::quantize(dtype, values.data(), n, bytes.data());
   return add(dtype, bytes.data(), rows, cols);
+}
+
+void PackedMemory::pack_rows(const Task& task, int64_t begin, int64_t end) {
+  if (task.dtype != Dtype::kQ5_0) {
+    return pack_weights(task.dtype, task.stored, task.rows, task.cols, begin, end, task.target);
+  }
+  const int64_t rows = end - begin;
+  const auto* stored =
+      static_cast<const std::byte*>(task.stored) + dtype_bytes(task.dtype, begin * task.cols);
+  std::vector<std::byte> blocks(dtype_bytes(Dtype::kQ8_0, rows * task.cols));
+  quant::q5_0_to_q8_0(stored, rows * task.cols, blocks.data());
+  pack_weights(Dtype::kQ8_0, blocks.data(), rows, task.cols, 0, rows,
+               task.target + packed_bytes(Dtype::kQ8_0, begin, task.cols));
 }
 
 void PackedMemory::pack(ThreadPool& pool) {
@@ -89,7 +105,7 @@ void PackedMemory::pack(ThreadPool& pool) {
   }
   pool.parallel_for(static_cast<int64_t>(pieces.size()), [&](int64_t i, int) {
     const auto& [task, begin, end] = pieces[static_cast<size_t>(i)];
-    pack_weights(task->dtype, task->stored, task->rows, task->cols, begin, end, task->target);
+    pack_rows(*task, begin, end);
   });
   tasks_.clear();
   made_.clear();

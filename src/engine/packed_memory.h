@@ -22,6 +22,7 @@ class PackedMemory {
   PackedMemory& operator=(const PackedMemory&) = delete;
 
   // A place for a stored row-major matrix, which must stay readable until pack(). Error when memory is out.
+  // Q5_0, which has no packed form, becomes Q8_0 of the same values.
   WeightMatrix add(Dtype dtype, const void* stored, int64_t rows, int64_t cols);
   // The same for values made here, kept in a plain type (kF32, kF16, kBF16) that holds them exactly.
   WeightMatrix add(Dtype dtype, std::span<const float> values, int64_t rows, int64_t cols);
@@ -37,10 +38,11 @@ class PackedMemory {
   struct Task {
     const void* stored;
     std::byte* target;
-    Dtype dtype;
+    Dtype dtype;  // stored; that of the packed matrix is packed_dtype()
     int64_t rows, cols;
   };
   std::byte* allocate(size_t bytes);
+  static void pack_rows(const Task& task, int64_t begin, int64_t end);
   void free_chunks() noexcept;
 
   std::vector<Chunk> chunks_;

@@ -51,7 +51,7 @@ inline constexpr std::array<GgmlType, 43> kGgmlTypes = {{
     {3, "Q4_1", 32, 20},
     {4, "Q4_2 (removed)", 1, 0},
     {5, "Q4_3 (removed)", 1, 0},
-    {6, "Q5_0", 32, 22},
+    {6, "Q5_0", 32, 22, Dtype::kQ5_0},
     {7, "Q5_1", 32, 24},
     {8, "Q8_0", 32, 34, Dtype::kQ8_0},
     {9, "Q8_1", 32, 36},

@@ -26,7 +26,8 @@ const TensorView* GgufFile::find(std::string_view name) const {
   if (at == contents_->tensors.end()) return nullptr;
   const Contents::Tensor& tensor = at->second;
   check(tensor.readable,
-        "{}: tensor '{}': type: found {}, expected F32, F16, BF16, F64, I32, I64, Q8_0, Q4_0, Q4_K or Q6_K",
+        "{}: tensor '{}': type: found {}, expected F32, F16, BF16, F64, I32, I64, Q8_0, Q5_0, Q4_0, Q4_K or "
+        "Q6_K",
         path(), printable(name), tensor.type);
   return &tensor.view;
 }

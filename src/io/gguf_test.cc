@@ -97,6 +97,7 @@ TEST(Gguf, ReadsBlocksWhole) {
     std::string shape;
     size_t bytes;
   } cases[] = {{"q8_0", Dtype::kQ8_0, "[2, 64]", 136},
+               {"q5_0", Dtype::kQ5_0, "[2, 32]", 44},
                {"q4_0", Dtype::kQ4_0, "[3, 32]", 54},
                {"q4_k", Dtype::kQ4_K, "[2, 256]", 288},
                {"q6_k", Dtype::kQ6_K, "[1, 512]", 420}};
@@ -113,7 +114,7 @@ TEST(Gguf, ReadsBlocksWhole) {
 
 TEST(Gguf, ListsOtherTypesAndRefusesToHandThemOut) {
   const GgufFile file = GgufFile::open(kAllTypes);
-  EXPECT_EQ(file.names().size(), 14u);
+  EXPECT_EQ(file.names().size(), 15u);
   EXPECT_EQ(file.names().front(), "f32");
   EXPECT_TRUE(file.contains("q5_k"));
   EXPECT_EQ(file.type_name("q5_k"), "Q5_K");
@@ -124,11 +125,11 @@ TEST(Gguf, ListsOtherTypesAndRefusesToHandThemOut) {
   EXPECT_EQ(
       error_of([&] { file.find("q5_k"); }),
       std::string(kAllTypes) +
-          ": tensor 'q5_k': type: found Q5_K, expected F32, F16, BF16, F64, I32, I64, Q8_0, Q4_0, Q4_K or "
-          "Q6_K");
-  EXPECT_EQ(file.data_bytes(), 24u + 48 + 4 + 64 + 20 + 5 + 12 + 136 + 54 + 288 + 420 + 352 + 136 + 34);
+          ": tensor 'q5_k': type: found Q5_K, expected F32, F16, BF16, F64, I32, I64, Q8_0, Q5_0, Q4_0, Q4_K "
+          "or Q6_K");
+  EXPECT_EQ(file.data_bytes(), 24u + 48 + 4 + 64 + 20 + 5 + 12 + 136 + 54 + 288 + 420 + 352 + 136 + 34 + 44);
   EXPECT_EQ(error_of([&] { static_cast<void>(file.type_name("x")); }),
-            std::string(kAllTypes) + ": tensor 'x': found nothing of that name among 14 tensors");
+            std::string(kAllTypes) + ": tensor 'x': found nothing of that name among 15 tensors");
 }
 
 TEST(Gguf, ValuesOfAnotherTypeOrNoneAreRefusedByName) {
@@ -230,7 +231,7 @@ TEST(Gguf, CopiesKeepTheMappingAlive) {
 
 TEST(Gguf, IsACheckpoint) {
   const Checkpoint checkpoint = Checkpoint::open(kAllTypes);
-  EXPECT_EQ(checkpoint.names().size(), 14u);
+  EXPECT_EQ(checkpoint.names().size(), 15u);
   EXPECT_TRUE(std::is_sorted(checkpoint.names().begin(), checkpoint.names().end()));
   EXPECT_EQ(checkpoint.get("q6_k").bytes(), 420u);
   EXPECT_EQ(checkpoint.files(), std::vector<std::string>{kAllTypes});
@@ -238,7 +239,7 @@ TEST(Gguf, IsACheckpoint) {
   EXPECT_EQ(checkpoint.gguf()->get_int("test.uint8"), 250);
   EXPECT_EQ(checkpoint.find("none"), nullptr);
   EXPECT_EQ(error_of([&] { static_cast<void>(checkpoint.get("none")); }),
-            std::string(kAllTypes) + ": tensor 'none': found nothing of that name among 14 tensors");
+            std::string(kAllTypes) + ": tensor 'none': found nothing of that name among 15 tensors");
   EXPECT_NE(error_of([&] { static_cast<void>(checkpoint.get("iq4_xs")); }), "");
   EXPECT_EQ(Checkpoint::open(kSplit).files(), (std::vector<std::string>{kSplit, kSplitSecond}));
   EXPECT_EQ(Checkpoint::open(KILIN_SOURCE_DIR "/models/kilin-docs-10m").gguf(), nullptr);

@@ -45,6 +45,21 @@ struct ExpandQ8 {
   }
 };
 
+// n_i - 16
+int level(const BlockQ5_0& b, int i) {
+  const int low = i < 16 ? b.q[i] & 15 : b.q[i - 16] >> 4;
+  const int high = b.high[i / 8] >> (i % 8) & 1;
+  return (low | high << 4) - 16;
+}
+
+struct ExpandQ5 {
+  static constexpr Dtype kDtype = Dtype::kQ5_0;
+  void operator()(const BlockQ5_0& b, float* out) const {
+    const float d = to_float(Float16{b.d});
+    for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(level(b, i));
+  }
+};
+
 struct ExpandQ4 {
   static constexpr Dtype kDtype = Dtype::kQ4_0;
   void operator()(const BlockQ4_0& b, float* out) const {
@@ -177,7 +192,7 @@ double q4_k_bound(const float* x) {
 
 }  // namespace
 
-bool readable(Dtype dtype) { return dtype == Dtype::kQ6_K || writable(dtype); }
+bool readable(Dtype dtype) { return dtype == Dtype::kQ5_0 || dtype == Dtype::kQ6_K || writable(dtype); }
 
 bool writable(Dtype dtype) {
   switch (dtype) {
@@ -204,6 +219,8 @@ void dequantize(Dtype dtype, const void* data, int64_t n, float* out) {
       return each_block<BFloat16>(data, n, out, ExpandBF16{});
     case Dtype::kQ8_0:
       return each_block<BlockQ8_0>(data, n, out, ExpandQ8{});
+    case Dtype::kQ5_0:
+      return each_block<BlockQ5_0>(data, n, out, ExpandQ5{});
     case Dtype::kQ4_0:
       return each_block<BlockQ4_0>(data, n, out, ExpandQ4{});
     case Dtype::kQ4_K:
@@ -212,6 +229,19 @@ void dequantize(Dtype dtype, const void* data, int64_t n, float* out) {
       return each_block<BlockQ6_K>(data, n, out, ExpandQ6K{});
     default:
       fail("weights of type {} cannot be read", dtype_name(dtype));
+  }
+}
+
+void q5_0_to_q8_0(const void* data, int64_t n, void* out) {
+  KILIN_ASSERT(n % 32 == 0);
+  const auto* from = static_cast<const std::byte*>(data);
+  auto* to = static_cast<std::byte*>(out);
+  for (int64_t i = 0; i < n; i += 32, from += sizeof(BlockQ5_0), to += sizeof(BlockQ8_0)) {
+    BlockQ5_0 block;
+    std::memcpy(&block, from, sizeof(block));
+    BlockQ8_0 made{block.d, {}};
+    for (int j = 0; j < 32; ++j) made.q[j] = static_cast<int8_t>(level(block, j));
+    std::memcpy(to, &made, sizeof(made));
   }
 }
 

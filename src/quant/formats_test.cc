@@ -45,7 +45,7 @@ uint64_t hash_of(const std::vector<float>& x) {
 TEST(QuantFormats, BytesAndValuesAreThoseOfGgml) {
   std::ifstream file(KILIN_SOURCE_DIR "/tests/data/quant/ggml_blocks.bin", std::ios::binary);
   const std::vector<char> data{std::istreambuf_iterator<char>(file), {}};
-  constexpr Dtype kOrder[] = {Dtype::kQ8_0, Dtype::kQ4_0, Dtype::kQ4_K, Dtype::kQ6_K};
+  constexpr Dtype kOrder[] = {Dtype::kQ8_0, Dtype::kQ4_0, Dtype::kQ4_K, Dtype::kQ6_K, Dtype::kQ5_0};
   size_t record_size = 256 * sizeof(float);
   for (const Dtype dtype : kOrder) record_size += dtype_bytes(dtype, 256) + sizeof(uint64_t);
   ASSERT_EQ(data.size(), 12 * record_size);
@@ -67,6 +67,16 @@ TEST(QuantFormats, BytesAndValuesAreThoseOfGgml) {
       EXPECT_EQ(hash_of(expanded(dtype, expected, 256)), hash);
     }
   }
+}
+
+TEST(QuantFormats, Q5BecomesQ8WithoutLoss) {
+  std::vector<uint8_t> stored(8 * sizeof(BlockQ5_0));
+  Random random(12);
+  for (uint8_t& byte : stored) byte = static_cast<uint8_t>(random.bits());
+  for (size_t b = 0; b < 8; ++b) stored[b * sizeof(BlockQ5_0) + 1] &= 0xbb;  // finite scales, of both signs
+  std::vector<uint8_t> made(dtype_bytes(Dtype::kQ8_0, 256));
+  q5_0_to_q8_0(stored.data(), 256, made.data());
+  EXPECT_EQ(expanded(Dtype::kQ8_0, made, 256), expanded(Dtype::kQ5_0, stored, 256));
 }
 
 // Every float of a distribution, by kind.
@@ -176,6 +186,7 @@ TEST(QuantFormats, RefusesWhatDoesNotFit) {
   EXPECT_EQ(error_of(Dtype::kQ4_K, x), "");
   x[0] = -65535.0f * 63;
   EXPECT_NE(error_of(Dtype::kQ4_K, x), "");
+  EXPECT_THROW(quantized(Dtype::kQ5_0, std::vector<float>(256)), Error);
   EXPECT_THROW(quantized(Dtype::kQ6_K, std::vector<float>(256)), Error);
   EXPECT_THROW(quantized(Dtype::kI32, std::vector<float>(256)), Error);
   EXPECT_THROW(expanded(Dtype::kU8, std::vector<uint8_t>(256), 256), Error);
@@ -190,6 +201,15 @@ TEST(QuantFormats, EveryNibble) {
     dequantize(Dtype::kQ4_0, &small, 32, y);
     for (int i = 0; i < 32; ++i) {
       EXPECT_EQ(y[i], 0.25f * static_cast<float>((i < 16 ? pattern & 15 : pattern >> 4) - 8));
+    }
+
+    BlockQ5_0 five{to_float16(0.25f).bits, {}, {}};
+    std::fill(std::begin(five.q), std::end(five.q), static_cast<uint8_t>(pattern));
+    std::fill(std::begin(five.high), std::end(five.high), static_cast<uint8_t>(pattern * 5));
+    dequantize(Dtype::kQ5_0, &five, 32, y);
+    for (int i = 0; i < 32; ++i) {
+      const int n = (i < 16 ? pattern & 15 : pattern >> 4) + 16 * ((pattern * 5) >> i % 8 & 1);
+      EXPECT_EQ(y[i], 0.25f * static_cast<float>(n - 16));
     }
 
     BlockQ4_K large{};
@@ -246,7 +266,7 @@ TEST(QuantFormats, DataNeedNotBeAligned) {
 
 TEST(QuantFormats, WhichTypesCanBeReadAndWritten) {
   for (const Dtype dtype : kWritable) EXPECT_TRUE(writable(dtype) && readable(dtype)) << dtype_name(dtype);
-  EXPECT_TRUE(readable(Dtype::kQ6_K) && !writable(Dtype::kQ6_K));
+  for (const Dtype dtype : {Dtype::kQ5_0, Dtype::kQ6_K}) EXPECT_TRUE(readable(dtype) && !writable(dtype));
   for (const Dtype dtype : {Dtype::kF64, Dtype::kI32, Dtype::kI64, Dtype::kU8}) {
     EXPECT_FALSE(readable(dtype) || writable(dtype)) << dtype_name(dtype);
   }

@@ -8,7 +8,7 @@ namespace kilin {
 
 // Element types that files hold. The plain ones carry safetensors' names; the block types are ggml's, whose
 // blocks of `dtype_block` elements along the last dimension share scales (quant/formats.h has the layouts).
-enum class Dtype { kF32, kF16, kBF16, kF64, kI32, kI64, kU8, kQ8_0, kQ4_0, kQ4_K, kQ6_K };
+enum class Dtype { kF32, kF16, kBF16, kF64, kI32, kI64, kU8, kQ8_0, kQ5_0, kQ4_0, kQ4_K, kQ6_K };
 
 struct DtypeTraits {
   std::string_view name;
@@ -34,6 +34,8 @@ constexpr DtypeTraits dtype_traits(Dtype dtype) {
       return {"U8", 1, 1};
     case Dtype::kQ8_0:
       return {"Q8_0", 32, 34};
+    case Dtype::kQ5_0:
+      return {"Q5_0", 32, 22};
     case Dtype::kQ4_0:
       return {"Q4_0", 32, 18};
     case Dtype::kQ4_K:

@@ -37,7 +37,8 @@ def all_types():
     w.add_tensor("i32", np.arange(5, dtype=np.int32))
     w.add_tensor("i8", np.arange(5, dtype=np.int8))
     for kind, shape in [("BF16", (3, 2)), ("Q8_0", (2, 64)), ("Q4_0", (3, 32)), ("Q4_K", (2, 256)), ("Q6_K", (1, 512)),
-                        ("Q5_K", (2, 256)), ("IQ4_XS", (1, 256)), ("MXFP4", (2, 32))]:
+                        ("Q5_K", (2, 256)), ("IQ4_XS", (1, 256)), ("MXFP4", (2, 32)),
+                        ("Q5_0", (2, 32))]:
         block, size = gguf.GGML_QUANT_SIZES[Type[kind]]
         data = np.arange(shape[0] * shape[1] // block * size, dtype=np.uint64).astype(np.uint8)
         w.add_tensor(kind.lower(), data.reshape(shape[0], -1), raw_dtype=Type[kind])

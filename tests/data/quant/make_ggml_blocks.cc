@@ -3,9 +3,9 @@
 // from them. Needs a built libggml-base of llama.cpp (made with commit 3f545becc):
 //   g++ -std=c++20 -O2 -Isrc tests/data/quant/make_ggml_blocks.cc -L LLAMA/build/bin -lggml-base -o
 //   make_blocks LD_LIBRARY_PATH=LLAMA/build/bin ./make_blocks > tests/data/quant/ggml_blocks.bin
-// Per record: 256 float32; then for Q8_0, Q4_0, Q4_K, Q6_K: the bytes of 256 elements and the FNV-1a hash of
-// the bytes of the 256 float32 that ggml dequantises them to. The last record's Q6_K block is of random
-// bytes.
+// Per record: 256 float32; then for Q8_0, Q4_0, Q4_K, Q6_K, Q5_0: the bytes of 256 elements and the FNV-1a
+// hash of the bytes of the 256 float32 that ggml dequantises them to. The last record's Q6_K block is of
+// random bytes.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -18,10 +18,12 @@ void quantize_row_q8_0_ref(const float*, void*, int64_t);
 void quantize_row_q4_0_ref(const float*, void*, int64_t);
 void quantize_row_q4_K_ref(const float*, void*, int64_t);
 void quantize_row_q6_K_ref(const float*, void*, int64_t);
+void quantize_row_q5_0_ref(const float*, void*, int64_t);
 void dequantize_row_q8_0(const void*, float*, int64_t);
 void dequantize_row_q4_0(const void*, float*, int64_t);
 void dequantize_row_q4_K(const void*, float*, int64_t);
 void dequantize_row_q6_K(const void*, float*, int64_t);
+void dequantize_row_q5_0(const void*, float*, int64_t);
 }
 
 struct Format {
@@ -64,7 +66,8 @@ int main() {
   const Format formats[] = {{kilin::Dtype::kQ8_0, quantize_row_q8_0_ref, dequantize_row_q8_0},
                             {kilin::Dtype::kQ4_0, quantize_row_q4_0_ref, dequantize_row_q4_0},
                             {kilin::Dtype::kQ4_K, quantize_row_q4_K_ref, dequantize_row_q4_K},
-                            {kilin::Dtype::kQ6_K, quantize_row_q6_K_ref, dequantize_row_q6_K}};
+                            {kilin::Dtype::kQ6_K, quantize_row_q6_K_ref, dequantize_row_q6_K},
+                            {kilin::Dtype::kQ5_0, quantize_row_q5_0_ref, dequantize_row_q5_0}};
   kilin::Random random(2026);
   for (int record = 0; record < 12; ++record) {
     float x[256];

@@ -228,7 +228,7 @@ int run_decode(const ModelBenchOptions& options) {
 }
 
 void add_model_bench_options(CLI::App& app, ModelBenchOptions& options) {
-  app.add_option("MODEL", options.model.path, "Hugging Face directory of a Kimi Linear checkpoint");
+  app.add_option("MODEL", options.model.path, "Hugging Face directory or GGUF file of a Kimi Linear model");
   app.add_option("--config", options.config,
                  "instead of MODEL: random weights in the shape of this config.json")
       ->type_name("FILE");

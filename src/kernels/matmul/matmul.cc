@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -65,8 +66,16 @@ struct Piece {
 // Grows, 64-byte aligned, contents not kept.
 class Buffer {
  public:
+  Buffer() = default;
+  Buffer(Buffer&& other) noexcept : memory_(std::move(other.memory_)), size_(std::exchange(other.size_, 0)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    memory_ = std::move(other.memory_);
+    size_ = std::exchange(other.size_, 0);
+    return *this;
+  }
   std::byte* get(size_t bytes) {
     if (bytes > size_) {
+      size_ = 0;  // should there be no memory for the new one
       memory_.reset(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{kPackAlignment})));
       size_ = bytes;
     }

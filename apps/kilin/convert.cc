@@ -3,6 +3,7 @@
 #include <memory>
 #include <string>
 
+#include "base/error.h"
 #include "io/gguf.h"
 #include "kilin/commands.h"
 #include "kilin/common.h"
@@ -38,6 +39,10 @@ struct Options {
 ConvertReport convert(const Options& options, const ConvertOptions& convert) {
   if (options.random) return random_gguf(options.source, options.seed, options.target, convert);
   if (io::GgufFile::is_gguf(options.source)) {
+    check(!options.target.ends_with(".gguf"),
+          "{}: a GGUF file becomes a directory, expected the name of one (kilin quantize makes GGUF files of "
+          "GGUF files)",
+          options.target);
     return convert_to_hugging_face(options.source, options.target, convert);
   }
   return convert_to_gguf(options.source, options.target, convert);

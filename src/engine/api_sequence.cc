@@ -175,8 +175,13 @@ void Sequence::restore(std::span<const std::byte> bytes) {
   const size_t expected = sizeof header + cache_bytes + static_cast<size_t>(header.logits) * sizeof(float);
   check(bytes.size() == expected, "sequence checkpoint: found {} bytes, expected {} for {} tokens",
         bytes.size(), expected, header.length);
-  s.model->engine.cache().load(s.slot, header.length, bytes.subspan(sizeof header, cache_bytes));
-  s.logits.resize(static_cast<size_t>(header.logits));
+  try {
+    s.model->engine.cache().load(s.slot, header.length, bytes.subspan(sizeof header, cache_bytes));
+    s.logits.resize(static_cast<size_t>(header.logits));
+  } catch (...) {  // out of memory: no past is better than half of one
+    s.clear();
+    throw;
+  }
   if (header.logits > 0) {
     std::memcpy(s.logits.data(), bytes.data() + sizeof header + cache_bytes, s.logits.size() * sizeof(float));
   }

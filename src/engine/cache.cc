@@ -93,10 +93,10 @@ Cache::Page Cache::new_page() const {
 }
 
 void Cache::set_page(Latents& latents, size_t index, Page page) const {
-  if (index == latents.pages.size()) {
-    latents.pages.emplace_back();
-    for (auto& pointers : latents.pointers) pointers.push_back(nullptr);
-  }
+  KILIN_ASSERT(index <= latents.pages.size());
+  // Should memory end between these, the slot is as before: a page counts when it is in `pages`.
+  for (auto& pointers : latents.pointers) pointers.resize(std::max(pointers.size(), index + 1));
+  if (index == latents.pages.size()) latents.pages.emplace_back();
   for (int64_t i = 0; i < mla_layers_; ++i) {
     latents.pointers[static_cast<size_t>(i)][index] = page.get() + i * page_bytes_;
   }

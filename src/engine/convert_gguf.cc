@@ -27,8 +27,12 @@ uint32_t file_type(Dtype dtype) {
       return 2;
     case Dtype::kQ8_0:
       return 7;
+    case Dtype::kQ5_0:
+      return 8;
     case Dtype::kQ4_K:
       return 14;
+    case Dtype::kQ6_K:
+      return 18;
     case Dtype::kBF16:
       return 32;
     default:

@@ -106,7 +106,7 @@ ConvertSource ConvertSource::open(const std::string& path, const std::string& co
   // The table is sized by the configuration, so that has to be plausible first (a 4-bit weight takes at least
   // half a byte).
   const double least_bytes = config.least_parameters() / 2;
-  check(least_bytes <= 2 * static_cast<double>(checkpoint.total_bytes()) + 1e6,
+  check(least_bytes <= static_cast<double>(checkpoint.total_bytes()) + 5e5,
         "{}: holds {} bytes of tensors, but its configuration describes a model of at least {:.0f}", path,
         checkpoint.total_bytes(), least_bytes);
   check_table_size(config, path);

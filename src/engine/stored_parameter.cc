@@ -44,9 +44,10 @@ StoredParameter StoredParameter::find(const io::Checkpoint& checkpoint, const Pa
     }
     // A part of a tensor has to start and end at a block's edge: rows do, since a block lies within one.
     const int64_t block = dtype_block(stored.dtype);
-    check(source.offset % block == 0 && found.elements_ % block == 0 && stored.shape.back() % block == 0,
-          "{}: rows of {} elements are no multiple of the {} of a block of {}", found.place_,
-          stored.shape.back(), block, dtype_name(stored.dtype));
+    const int64_t row = stored.shape.empty() ? 1 : stored.shape.back();  // a scalar has no dimensions
+    check(source.offset % block == 0 && found.elements_ % block == 0 && row % block == 0,
+          "{}: rows of {} elements are no multiple of the {} of a block of {}", found.place_, row, block,
+          dtype_name(stored.dtype));
     found.view_.shape = p.shape;
     found.view_.data = static_cast<const std::byte*>(stored.data) + dtype_bytes(stored.dtype, source.offset);
     return found;

@@ -20,6 +20,10 @@ const TensorView& checked(const io::Checkpoint& checkpoint, const std::string& n
   check(quant::readable(stored.dtype),
         "{}: tensor '{}': found type {}, expected F32, F16, BF16 or a quantised type", checkpoint.path(),
         name, dtype_name(stored.dtype));
+  // same_shape() ignores dimensions of 1, so that the rows of the file may not be those of `shape`
+  check(shape.back() % dtype_block(stored.dtype) == 0,
+        "{}: tensor '{}': found type {}, which does not fit rows of {} elements", checkpoint.path(), name,
+        dtype_name(stored.dtype), shape.back());
   return stored;
 }
 
@@ -41,10 +45,7 @@ Found find_parameter(const io::Checkpoint& checkpoint, const Parameter& p, const
       found.tensor.second = checked(checkpoint, source.second_name, *second, source.second_shape, p.role);
       return found;
     }
-    const int64_t block = dtype_block(stored->dtype);
-    check(source.offset % block == 0 && p.shape.back() % block == 0,
-          "{}: tensor '{}': found type {}, which does not fit rows of {} elements", checkpoint.path(),
-          source.name, dtype_name(stored->dtype), p.shape.back());
+    KILIN_ASSERT(source.offset % dtype_block(stored->dtype) == 0);  // parts begin with a row
     found.tensor.view.shape = p.shape;
     found.tensor.view.data =
         static_cast<const std::byte*>(stored->data) + dtype_bytes(stored->dtype, source.offset);
@@ -65,8 +66,8 @@ void check_all_used(const io::Checkpoint& checkpoint, const std::set<std::string
   for (const std::string& name : checkpoint.names()) {
     // A table that older exporters store; it follows from the configuration.
     if (used.contains(name) || name.ends_with("rotary_emb.inv_freq")) continue;
-    fail("{}: tensor '{}' belongs to no parameter of the model that config.json describes", checkpoint.path(),
-         name);
+    fail("{}: tensor '{}' belongs to no parameter of the model that the configuration describes",
+         checkpoint.path(), name);
   }
 }
 
@@ -197,7 +198,7 @@ LoadedModel LoadedModel::load(Config config, io::Checkpoint checkpoint) {
   // merely lacks tensors gets the clearer message below.
   const double least_bytes = config.least_parameters() / 2;  // four bits each
   check(least_bytes <= static_cast<double>(checkpoint.total_bytes()) + 5e5,
-        "{}: holds {} bytes of tensors, but config.json describes a model of at least {:.0f}",
+        "{}: holds {} bytes of tensors, but its configuration describes a model of at least {:.0f}",
         checkpoint.path(), checkpoint.total_bytes(), least_bytes);
   LoadedModel model(std::move(config));
   std::set<std::string> used;

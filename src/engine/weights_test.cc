@@ -6,10 +6,16 @@
 #include <cstring>
 #include <filesystem>
 #include <map>
+#include <nlohmann/json.hpp>
 
 #include "base/error.h"
+#include "engine/convert.h"
+#include "engine/stored_parameter.h"
+#include "io/gguf_writer.h"
+#include "io/json.h"
 #include "io/safetensors_writer.h"
 #include "io/test_support.h"
+#include "model/gguf_config.h"
 
 namespace kilin {
 namespace {
@@ -162,6 +168,57 @@ TEST(Weights, a_configuration_far_beyond_the_checkpoint_takes_no_memory) {
   EXPECT_THROW(LoadedModel::load(c, io::Checkpoint::open(kTiny)), Error);
   c.moe.width = 1 << 20;
   EXPECT_THROW(LoadedModel::random(c, 1), Error);
+}
+
+TEST(Weights, a_parameter_of_one_element_may_be_a_scalar) {
+  const io::TemporaryDirectory directory;
+  const std::string path = directory.path() + "/model.safetensors";
+  const std::string name = "model.layers.0.self_attn.A_log";
+  const float value = 0.75f;
+  const std::vector<io::NamedTensor> tensors{{name, {Dtype::kF32, {}, &value}}};
+  io::write_safetensors(path, tensors, {});
+  const auto checkpoint = io::Checkpoint::open(path);
+  const Config c = read_config_file(kTiny + "/config.json", "transformers");
+  float found = 0;
+  StoredParameter::find(checkpoint, {name, {1}, Role::kVector}, c).read(0, 1, &found);
+  EXPECT_EQ(found, value);
+}
+
+// Dimensions of 1 are no part of a shape's comparison; blocks must lie in the rows all the same.
+TEST(Weights, blocks_across_rows_are_refused) {
+  const io::TemporaryDirectory directory;
+  nlohmann::json json = io::parse_json_file(kTiny + "/config.json");
+  json["qk_nope_head_dim"] = 1;
+  const std::string config_path = directory.write("config.json", json.dump());
+  const std::string whole = directory.path() + "/whole.gguf", bad = directory.path() + "/bad.gguf";
+  random_gguf(config_path, 1, whole, {});
+  const Config c = read_config_file(config_path, "transformers");
+  {
+    const auto file = io::GgufFile::open(whole);
+    io::GgufWriter writer(bad);
+    write_gguf_config(c, json.dump(), writer);
+    const std::vector<std::byte> zeros(2 * 34);
+    const auto is_key = [](const std::string& name) { return name.ends_with("attn_k_b.weight"); };
+    for (const std::string& name : file.names()) {
+      const TensorView& view = *file.find(name);
+      writer.add_tensor(name, is_key(name) ? Dtype::kQ8_0 : view.dtype,
+                        is_key(name) ? Shape{2, 32} : view.shape);
+    }
+    for (const std::string& name : file.names()) {
+      const TensorView& view = *file.find(name);
+      writer.write(is_key(name) ? zeros.data() : view.data, is_key(name) ? zeros.size() : view.bytes());
+    }
+    writer.commit();
+  }
+  EXPECT_GT(LoadedModel::load(c, io::Checkpoint::open(whole)).packed_bytes(), 0u);
+  try {
+    LoadedModel::load(c, io::Checkpoint::open(bad));
+    FAIL() << "not refused";
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("attn_k_b.weight': found type Q8_0, which does not fit rows of 1"),
+              std::string::npos)
+        << e.what();
+  }
 }
 
 TEST(Weights, random_weights_repeat_with_the_seed) {

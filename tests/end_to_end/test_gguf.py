@@ -209,6 +209,9 @@ class Refused(Files):
         self.assert_refused(kilin("convert", DOCS, self.directory / "no" / "such.gguf"), "such.gguf")
         self.assert_refused(kilin("convert", DOCS, self.directory), "directory")
         self.assert_refused(kilin("convert", self.docs, self.docs, "--force"), "docs.gguf")
+        other = self.directory / "other.gguf"
+        self.assert_refused(kilin("convert", self.docs, other), "other.gguf", "directory", "quantize")
+        self.assertFalse(other.exists())
 
     def test_input_that_cannot_be(self):
         out = self.directory / "out.gguf"

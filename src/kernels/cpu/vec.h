@@ -52,13 +52,6 @@ KILIN_INLINE Vec load_part(const float* p, int n) {
 }
 KILIN_INLINE void store_part(float* p, Vec v, int n) { std::memcpy(p, &v, static_cast<unsigned>(n) * 4u); }
 
-// kLanes bfloat16 values widened exactly
-KILIN_INLINE Vec load_bf16(const void* p) {
-  VecHalfBits h;
-  std::memcpy(&h, p, sizeof h);
-  return reinterpret_cast<Vec>(__builtin_convertvector(h, VecUint) << 16);
-}
-
 // kLanes IEEE half values widened exactly (subnormals, infinities and NaN included), and kLanes floats
 // rounded to the nearest half, ties to even, beyond 65,519 to infinity. Without the instructions: the half's
 // exponent and mantissa bits, read as a float, are 2^-112 times the value, and one exact multiplication moves

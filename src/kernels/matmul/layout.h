@@ -6,18 +6,16 @@
 //
 //   F32        [c][16]
 //   BF16, F16  [c / 2][16][2]
-//   Q8_0       groups of 64 columns: scales f16 [2 blocks][16], then [16][16][4] of q + 128 (unsigned, as
-//   vpdpbusd
-//              wants it)
-//   Q4_0       groups of 64 columns: scales f16 [2 blocks][16], then per block [4][16][4]: unit u has columns
-//   4 u ..
-//              4 u + 3 of 32 in the low and 16 + 4 u .. in the high four bits
-//   Q4_K       groups of 256 columns: d f16 [16], dmin f16 [16], 8 x (scale u8 [16], min u8 [16]), then per
-//   64 columns
-//              [8][16][4]: unit u has columns 4 u .. of 64 in the low and 32 + 4 u .. in the high four bits
-//   Q6_K       groups of 256 columns: d f16 [16], scales i8 [16 parts][16], 32 bytes of padding, then per 128
-//   columns
-//              16 units of low bits and 8 units of high bits, bytes as in quant::BlockQ6_K
+//   Q8_0       groups of 64 columns: scales f16 [2 blocks][16], then [16][16][4] of q + 128
+//              (unsigned, as vpdpbusd wants it)
+//   Q4_0       groups of 64 columns: scales f16 [2 blocks][16], then per block [4][16][4]: unit u
+//              has columns 4 u .. 4 u + 3 of 32 in the low and 16 + 4 u .. in the high four bits
+//   Q4_K       groups of 256 columns: d f16 [16], dmin f16 [16], 8 x (scale u8 [16], min u8 [16]),
+//              then per 64 columns [8][16][4]: unit u has columns 4 u .. of 64 in the low and
+//              32 + 4 u .. in the high four bits
+//   Q6_K       groups of 256 columns: d f16 [16], scales i8 [16 parts][16], 32 bytes of padding,
+//              then per 128 columns 16 units of low bits and 8 units of high bits, bytes as in
+//              quant::BlockQ6_K
 //
 // Scales lie beside their integers, so that a panel is one stream: with all scales in front, the processor's
 // prefetcher started anew at every panel (docs/notes/20261124-cpu-matmul.md).

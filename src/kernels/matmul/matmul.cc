@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -66,9 +67,17 @@ struct Piece {
 // Grows, 64-byte aligned, contents not kept.
 class Buffer {
  public:
+  Buffer() = default;
+  Buffer(Buffer&& other) noexcept : memory_(std::move(other.memory_)), size_(std::exchange(other.size_, 0)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    memory_ = std::move(other.memory_);
+    size_ = std::exchange(other.size_, 0);
+    return *this;
+  }
   std::byte* get(size_t bytes) {
     if (bytes > size_) {
       memory_.reset();
+      size_ = 0;  // should there be no memory for the new one
       memory_.reset(static_cast<std::byte*>(allocate_huge(bytes)));
       size_ = bytes;
     }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 
 #include "base/error.h"
@@ -49,12 +50,12 @@ void pack_plain(const Source& s, Dtype dtype, std::byte* panel) {
   }
 }
 
+// Block b of a row. Blocks in files need not be aligned, so their members are read as bytes.
 template <class Block>
-const Block* blocks(const Source& s, int64_t row) {
-  return reinterpret_cast<const Block*>(s.data + static_cast<size_t>(row) * s.row_bytes);
+const std::byte* block_at(const Source& s, int64_t row, int64_t b) {
+  return s.data + static_cast<size_t>(row) * s.row_bytes + static_cast<size_t>(b) * sizeof(Block);
 }
 
-// Blocks in files need not be aligned; only memcpy may read their 16-bit members.
 uint16_t read_u16(const void* p) {
   uint16_t v;
   std::memcpy(&v, p, 2);
@@ -69,11 +70,10 @@ void pack_simple(const Source& s, uint32_t flip, std::byte* panel) {
   for (int64_t b = 0; b < s.cols / 32; ++b) {
     std::byte* const group = panel + b / 2 * kGroup.bytes;
     for (int64_t r = 0; r < s.rows; ++r) {
-      std::memcpy(group + b % 2 * 32 + 2 * r, &(blocks<Block>(s, r) + b)->d, 2);
+      std::memcpy(group + b % 2 * 32 + 2 * r, block_at<Block>(s, r, b) + offsetof(Block, d), 2);
     }
     std::byte* const to = group + kGroup.header + b % 2 * kUnits * packed::kUnitBytes;
-    const auto* first = reinterpret_cast<const std::byte*>((blocks<Block>(s, 0) + b)->q);
-    transpose_units(first, s.row_bytes, s.rows, kUnits, to);
+    transpose_units(block_at<Block>(s, 0, b) + offsetof(Block, q), s.row_bytes, s.rows, kUnits, to);
     if (flip == 0) continue;
     for (int64_t i = 0; i < kUnits * kRows; ++i) {
       uint32_t unit;
@@ -88,16 +88,17 @@ void pack_q4_k(const Source& s, std::byte* panel) {
   constexpr packed::Group kGroup = packed::group(Dtype::kQ4_K);
   for (int64_t b = 0; b < s.cols / 256; ++b, panel += kGroup.bytes) {
     for (int64_t r = 0; r < s.rows; ++r) {
-      const auto* block = blocks<BlockQ4_K>(s, r) + b;
-      std::memcpy(panel + 2 * r, &block->d, 2);
-      std::memcpy(panel + 32 + 2 * r, &block->dmin, 2);
+      BlockQ4_K head;  // all but the integers
+      std::memcpy(&head, block_at<BlockQ4_K>(s, r, b), offsetof(BlockQ4_K, q));
+      std::memcpy(panel + 2 * r, &head.d, 2);
+      std::memcpy(panel + 32 + 2 * r, &head.dmin, 2);
       for (int p = 0; p < 8; ++p) {
-        const quant::ScaleMin sm = quant::scale_min(block->scales, p);
+        const quant::ScaleMin sm = quant::scale_min(head.scales, p);
         panel[64 + 32 * p + r] = static_cast<std::byte>(sm.scale);
         panel[64 + 32 * p + 16 + r] = static_cast<std::byte>(sm.min);
       }
     }
-    const auto* first = reinterpret_cast<const std::byte*>((blocks<BlockQ4_K>(s, 0) + b)->q);
+    const std::byte* first = block_at<BlockQ4_K>(s, 0, b) + offsetof(BlockQ4_K, q);
     transpose_units(first, s.row_bytes, s.rows, 32, panel + kGroup.header);
   }
 }
@@ -106,15 +107,16 @@ void pack_q6_k(const Source& s, std::byte* panel) {
   constexpr packed::Group kGroup = packed::group(Dtype::kQ6_K);
   for (int64_t b = 0; b < s.cols / 256; ++b, panel += kGroup.bytes) {
     for (int64_t r = 0; r < s.rows; ++r) {
-      const auto* block = blocks<BlockQ6_K>(s, r) + b;
-      std::memcpy(panel + 2 * r, &block->d, 2);
-      for (int p = 0; p < 16; ++p) panel[32 + 16 * p + r] = static_cast<std::byte>(block->scales[p]);
+      const std::byte* block = block_at<BlockQ6_K>(s, r, b);
+      std::memcpy(panel + 2 * r, block + offsetof(BlockQ6_K, d), 2);
+      for (int p = 0; p < 16; ++p)
+        panel[32 + 16 * p + r] = block[offsetof(BlockQ6_K, scales) + static_cast<size_t>(p)];
     }
-    const auto* first = blocks<BlockQ6_K>(s, 0) + b;
+    const std::byte* first = block_at<BlockQ6_K>(s, 0, b);
     for (int half = 0; half < 2; ++half) {
       std::byte* to = panel + kGroup.header + half * 24 * packed::kUnitBytes;
-      const auto* low = reinterpret_cast<const std::byte*>(first->low + 64 * half);
-      const auto* high = reinterpret_cast<const std::byte*>(first->high + 32 * half);
+      const std::byte* low = first + offsetof(BlockQ6_K, low) + 64 * half;
+      const std::byte* high = first + offsetof(BlockQ6_K, high) + 32 * half;
       transpose_units(low, s.row_bytes, s.rows, 16, to);
       transpose_units(high, s.row_bytes, s.rows, 8, to + 16 * packed::kUnitBytes);
     }

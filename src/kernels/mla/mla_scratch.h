@@ -14,6 +14,7 @@ class MlaScratch {
   T* get(int64_t count) {
     if (count > size_) {
       memory_.reset();  // before the new one, so that both never exist at once
+      size_ = 0;        // should there be no memory for it
       memory_.reset(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), kAlignment)));
       size_ = count;
     }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Makes ggml_blocks.bin: blocks that ggml's own reference quantisers write, and a hash of what ggml reads
 // from them. Needs a built libggml-base of llama.cpp (made with commit 3f545becc):
-//   g++ -std=c++20 -O2 -Isrc tests/data/quant/make_ggml_blocks.cc -L LLAMA/build/bin -lggml-base -o
-//   make_blocks LD_LIBRARY_PATH=LLAMA/build/bin ./make_blocks > tests/data/quant/ggml_blocks.bin
+//   g++ -std=c++20 -O2 -Isrc tests/data/quant/make_ggml_blocks.cc -L LLAMA/build/bin -lggml-base \
+//       -o make_blocks
+//   LD_LIBRARY_PATH=LLAMA/build/bin ./make_blocks > tests/data/quant/ggml_blocks.bin
 // Per record: 256 float32; then for Q8_0, Q4_0, Q4_K, Q6_K, Q5_0: the bytes of 256 elements and the FNV-1a
 // hash of the bytes of the 256 float32 that ggml dequantises them to. The last record's Q6_K block is of
 // random bytes.

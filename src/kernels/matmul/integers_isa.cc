@@ -253,11 +253,18 @@ void quantize_activations(const float* x, int64_t cols, ActivationBlock* blocks)
   for (int64_t b = 0; b < cols / 32; ++b, x += 32) {
     ActivationBlock& block = blocks[b];
     Vec most = zero();
+    Vec spoilt = zero();  // NaN where an element is NaN or infinite, which max() may lose
     for (int i = 0; i < 32; i += kLanes) {
       const Vec v = load(x + i);
       most = max(most, max(v, -v));
+      spoilt += v - v;
     }
-    const float largest = reduce_max(most);
+    const float largest = reduce_max(most) + reduce_add(spoilt);
+    if (largest != largest) {  // then so are the sums, and the engine tells
+      block = {};
+      block.scale = block.total = largest;
+      continue;
+    }
     block.scale = largest / kLevels;
     // Too small to divide by: then the block counts as zero (below 2^-110 it moves no sum)
     const float factor = block.scale > 0x1p-125f ? 1.0f / block.scale : 0.0f;

@@ -48,7 +48,7 @@ struct MatmulJob {
 
 // All jobs in one parallel region (projections of the same input, experts with their own tokens, heads). Sums
 // run over c in an order that depends on the instruction set and on the number of tokens, but not on the
-// number of threads. x must be finite: a quantised product with a NaN or infinity in x gives any value.
+// number of threads. A NaN or infinity in x makes the sums of its token NaN or infinite.
 void matmul(std::span<const MatmulJob> jobs, ThreadPool& pool);
 
 }  // namespace kilin

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -222,6 +223,27 @@ TEST_P(Matmul, ZeroAndTinyActivationsGiveFiniteSums) {
         magnitude += std::abs(static_cast<double>(w.at(r, c)) * value);
       }
       EXPECT_NEAR(y[static_cast<size_t>(r)], sum, 1e-3 * magnitude + 1e-37);
+    }
+  }
+}
+
+// A damaged weight must show in the logits, through any number of products.
+TEST_P(Matmul, NotFiniteActivationsGiveNotFiniteSums) {
+  Random random(9);
+  const StoredMatrix w(GetParam().dtype, 33, fit(96), random);
+  ThreadPool pool(1);
+  for (const float value :
+       {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::quiet_NaN(),
+        std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}) {
+    for (const int64_t tokens : {1, 40}) {
+      for (const int64_t place : {0, 37, 63}) {
+        std::vector<float> x(static_cast<size_t>(tokens * w.matrix.cols), 0.5f),
+            y(static_cast<size_t>(tokens * 33));
+        x[static_cast<size_t>(place)] = value;  // of the first token
+        const MatmulJob job{tokens, x.data(), w.matrix.cols, w.matrix, y.data(), 33};
+        matmul(std::span(&job, 1), pool);
+        for (size_t r = 0; r < y.size(); ++r) ASSERT_EQ(std::isfinite(y[r]), r >= 33) << value << " " << r;
+      }
     }
   }
 }

@@ -17,7 +17,7 @@
   }
 // KILIN_DISPATCH(f)(args...) calls kilin::<active isa>::f(args...)
 #define KILIN_DISPATCH(function)                                               \
-  (::kilin::active_isa() >= ::kilin::Isa::kAvx512 ? &::kilin::avx512::function  \
+  (::kilin::active_isa() >= ::kilin::Isa::kAvx512 ? &::kilin::avx512::function \
    : ::kilin::active_isa() == ::kilin::Isa::kAvx2 ? &::kilin::avx2::function   \
                                                   : &::kilin::portable::function)
 #else

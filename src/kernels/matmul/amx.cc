@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "kernels/cpu/amx_tiles.h"
 #include "kernels/cpu/vec.h"
 #include "kernels/matmul/layout.h"
 
@@ -20,14 +21,6 @@ constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kDepth = 128;
 constexpr int64_t kDepthChunks = kDepth / kTileColumns;
 constexpr int64_t kPanels = 2;
-
-struct TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // bfloat16 terms of 16 rows x 2 columns: x = high + low, both rounded to nearest (ties away from zero)
 struct Terms {

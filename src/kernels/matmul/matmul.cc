@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "base/error.h"
-#include "base/huge_memory.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/matmul/amx.h"
 #include "kernels/matmul/layout.h"
 #include "kernels/matmul/matmul_isa.h"
@@ -64,42 +64,17 @@ struct Piece {
   int64_t first, last;  // tokens, kTiles only
 };
 
-// Grows, 64-byte aligned, contents not kept.
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(Buffer&& other) noexcept : memory_(std::move(other.memory_)), size_(std::exchange(other.size_, 0)) {}
-  Buffer& operator=(Buffer&& other) noexcept {
-    memory_ = std::move(other.memory_);
-    size_ = std::exchange(other.size_, 0);
-    return *this;
-  }
-  std::byte* get(size_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();
-      size_ = 0;  // should there be no memory for the new one
-      memory_.reset(static_cast<std::byte*>(allocate_huge(bytes)));
-      size_ = bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  std::unique_ptr<std::byte, FreeHuge> memory_;
-  size_t size_ = 0;
-};
-
 // The lists of one call, kept by the calling thread for the next.
 struct Plan {
   std::vector<Input> inputs;
   std::vector<size_t> input_of;  // [jobs], kNone without
   std::vector<Piece> pieces;
-  Buffer buffer;
+  Scratch<std::byte> buffer;
 };
 constexpr size_t kNone = SIZE_MAX;
 
 thread_local Plan plan_of_thread;
-thread_local Buffer worker_scratch;
+thread_local Scratch<std::byte> worker_scratch;
 
 size_t input_bytes(Form form, int64_t tokens, int64_t cols) {
 #if defined(__x86_64__)

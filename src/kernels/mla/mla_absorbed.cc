@@ -5,10 +5,10 @@
 #include <vector>
 
 #include "base/cpu.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/mla/mla_amx.h"
 #include "kernels/mla/mla_isa.h"
 #include "kernels/mla/mla_orders.h"
-#include "kernels/mla/mla_scratch.h"
 
 namespace kilin {
 namespace {
@@ -92,8 +92,8 @@ class Pass {
   std::vector<PieceTask> tasks_;
   std::vector<MatmulJob> jobs_;
   int64_t rows_ = 0, floats_ = 0, tops_ = 0;
-  MlaScratch<float> queries_memory_, context_memory_, top_memory_, merged_memory_;
-  MlaScratch<int64_t> visible_memory_;
+  Scratch<float> queries_memory_, context_memory_, top_memory_, merged_memory_;
+  Scratch<int64_t> visible_memory_;
   float* queries_ = nullptr;    // [rows][mla_padded(latent + rope)], a row per token and head
   float* context_ = nullptr;    // per span [pieces][padded rows][mla_padded(latent)]
   float* top_ = nullptr;        // per span [pieces][rows]
@@ -142,7 +142,7 @@ void Pass::run_pieces(const MlaParams& p, ThreadPool& pool) {
 #endif
   const int64_t stride = mla_padded(p.latent + p.rope);
   pool.parallel_for(static_cast<int64_t>(tasks_.size()), [&](int64_t index, int) {
-    static thread_local MlaScratch<float> scratch;
+    static thread_local Scratch<float> scratch;
     const PieceTask& task = tasks_[static_cast<size_t>(index)];
     const Span& span = spans_[static_cast<size_t>(task.span)];
     MlaPiece t{};

@@ -9,20 +9,13 @@
 // per term and leave out the product of the two low terms.
 #include "kernels/mla/mla_amx.h"
 
+#include "kernels/cpu/amx_tiles.h"
 #include "kernels/mla/mla_amx_terms.h"
 
 namespace kilin::amx {
 namespace {
 
 constexpr int64_t kPairedRows = 8;  // up to here both terms in one tile
-
-struct TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 struct Layout {
   int64_t chunks;      // of 32 columns of latent + rope

@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernels/cpu/scratch.h"
 #include "kernels/mla/mla_isa.h"
 #include "kernels/mla/mla_orders.h"
-#include "kernels/mla/mla_scratch.h"
 
 namespace kilin {
 namespace {
@@ -35,7 +35,7 @@ class Expansion {
   float* top_ = nullptr;  // [heads][count]
   float* sum_ = nullptr;  // [heads][count]
   std::vector<MatmulJob> jobs_;
-  MlaScratch<float> memory_, top_memory_;
+  Scratch<float> memory_, top_memory_;
 };
 
 void Expansion::load_latents(ThreadPool& pool) {
@@ -74,7 +74,7 @@ void Expansion::attend(ThreadPool& pool) {
   const auto kernel = KILIN_DISPATCH(mla_expanded_block);
   const int64_t blocks = (s_->count + kMlaQueryBlock - 1) / kMlaQueryBlock;
   pool.parallel_for(p.heads * blocks, [&](int64_t i, int) {
-    static thread_local MlaScratch<float> scratch;
+    static thread_local Scratch<float> scratch;
     MlaQueries t{};
     t.sequence = s_;
     t.head = i % p.heads;

@@ -2,6 +2,7 @@
 // The expanded order: queries [nope + rope] of one head against keys and values of that head, multiplied out
 // by the caller. Register tiles of 12 queries x 2 vectors of keys (scores) or values (sums); a panel of keys
 // lies transposed, depth by depth, as the score tile reads it.
+#include "kernels/matmul/gemm_isa.h"
 #include "kernels/mla/mla_simd.h"
 
 namespace kilin::KILIN_ISA {
@@ -79,8 +80,8 @@ void mla_expanded_block(const MlaParams& p, const MlaKeys& keys, const MlaQuerie
       const float* panel = keys.panels +
                            (t.head * keys.capacity + (row + i) / kMlaPanelKeys * kMlaPanelKeys) * depth +
                            (row + i) % kMlaPanelKeys;
-      panel_product(count - first, 2 * kLanes, depth, queries + first * q_stride, q_stride, panel,
-                    kMlaPanelKeys, scores + first * kMlaKeyBlock + i, kMlaKeyBlock, false);
+      gemm_panel(count - first, 2 * kLanes, depth, queries + first * q_stride, q_stride, panel, kMlaPanelKeys,
+                 scores + first * kMlaKeyBlock + i, kMlaKeyBlock, false);
     }
     const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
     for (int64_t r = first; r < count; ++r) {
@@ -90,9 +91,9 @@ void mla_expanded_block(const MlaParams& p, const MlaKeys& keys, const MlaQuerie
     }
     const float* v = keys.values + (t.head * keys.capacity + row) * values;
     for (int64_t c = 0; c < p.value; c += 2 * kLanes) {
-      panel_product(count - first, static_cast<int>(least(2 * kLanes, p.value - c)), n,
-                    scores + first * kMlaKeyBlock, kMlaKeyBlock, v + c, values, out + first * out_stride + c,
-                    out_stride, true);
+      gemm_panel(count - first, static_cast<int>(least(2 * kLanes, p.value - c)), n,
+                 scores + first * kMlaKeyBlock, kMlaKeyBlock, v + c, values, out + first * out_stride + c,
+                 out_stride, true);
     }
   }
   if (keys.end < past + count) return;  // more keys to come

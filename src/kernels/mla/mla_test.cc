@@ -14,8 +14,8 @@
 #include "base/error.h"
 #include "base/float16.h"
 #include "base/random.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/mla/mla_isa.h"
-#include "kernels/mla/mla_scratch.h"
 #include "kernels/mla/mla_test_util.h"
 
 namespace kilin {
@@ -223,7 +223,7 @@ TEST(MlaErrors, layouts_that_the_kernels_cannot_read_are_refused) {
 
 #if !defined(__SANITIZE_ADDRESS__)  // which ends the program instead of throwing bad_alloc
 TEST(MlaErrors, scratch_that_could_not_grow_is_made_anew) {
-  MlaScratch<float> scratch;
+  Scratch<float> scratch;
   scratch.get(64);
   EXPECT_THROW(scratch.get(int64_t{1} << 56), std::bad_alloc);
   float* memory = scratch.get(8);

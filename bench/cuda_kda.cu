@@ -61,12 +61,20 @@ double time_graph(int rounds, cudaStream_t stream, Body body) {
   return times[times.size() / 2];
 }
 
+__global__ void copy(const uint4* from, uint4* to, int64_t count) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x)
+    to[i] = from[i];
+}
+
+// GB/s, bytes read and written.
 double copy_bandwidth(cudaStream_t stream) {
   const size_t bytes = size_t{1} << 30;
   Memory from(bytes), to(bytes);
   fill<<<1024, 256, 0, stream>>>(static_cast<uint16_t*>(from.data), static_cast<int64_t>(bytes / 2), 1, 0.0f);
+  const int64_t count = static_cast<int64_t>(bytes / 16);
   const double ms = time_graph(4, stream, [&](int) {
-    check_cuda(cudaMemcpyAsync(to.data, from.data, bytes, cudaMemcpyDeviceToDevice, stream), "copy");
+    copy<<<static_cast<unsigned>(count / 1024), 1024, 0, stream>>>(static_cast<const uint4*>(from.data),
+                                                                   static_cast<uint4*>(to.data), count);
   });
   return 2.0 * static_cast<double>(bytes) / ms * 1e-6;
 }
@@ -77,7 +85,7 @@ struct Shape {
   int heads;
 };
 
-void time_shape(const Shape& shape, KdaGate gate_kind, bool once, double bandwidth, cudaStream_t stream) {
+void time_shape(const Shape& shape, KdaGate gate_kind, KdaCudaPlan plan, bool once, double bandwidth, cudaStream_t stream) {
   constexpr int kDim = 128;
   int64_t tokens = 0;
   std::vector<int32_t> cu{0};
@@ -107,6 +115,7 @@ void time_shape(const Shape& shape, KdaGate gate_kind, bool once, double bandwid
   p.dt_bias = static_cast<const float*>(bias.data);
   p.beta_is_logit = true;
   p.scale = 0.08838835f;
+  p.plan = plan;
   p.out_stride = width;
   p.final = {state.data, CudaType::kF32, width * kDim, nullptr};
   const auto with_set = [&](int i) {
@@ -129,8 +138,9 @@ void time_shape(const Shape& shape, KdaGate gate_kind, bool once, double bandwid
   if (once) return;
   const double ms = time_graph(std::max(sets, 8), stream, call);
   const double floor = 5.0 * static_cast<double>(bytes) / bandwidth * 1e-6;
-  std::printf("%-22s %-8s %8.4f ms  floor %.4f ms  %5.1f %%\n", shape.name,
-              gate_kind == KdaGate::kBounded ? "bounded" : "softplus", ms, floor, 100.0 * floor / ms);
+  std::printf("%-12s %-8s %-5s %8.4f ms  floor %.4f ms  %5.1f %%\n", shape.name,
+              gate_kind == KdaGate::kBounded ? "bounded" : "softplus",
+              plan == KdaCudaPlan::kFused ? "fused" : "two", ms, floor, 100.0 * floor / ms);
   std::fflush(stdout);
 }
 
@@ -161,7 +171,10 @@ int main_(int argc, char** argv) {
                                      {"mixed H96", {1300, 547, 2048, 963, 271, 3063}, 96}};
   for (const Shape& shape : shapes) {
     if (std::string(shape.name).find(filter) == std::string::npos) continue;
-    for (const KdaGate gate : {KdaGate::kBounded, KdaGate::kSoftplus}) time_shape(shape, gate, once, bandwidth, stream);
+    for (const KdaGate gate : {KdaGate::kBounded, KdaGate::kSoftplus}) {
+      for (const KdaCudaPlan plan : {KdaCudaPlan::kFused, KdaCudaPlan::kTwoKernels})
+        time_shape(shape, gate, plan, once, bandwidth, stream);
+    }
   }
   return 0;
 }

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The chunked form on Hopper: workspace and launches. The kernels: kda_prepare_sm90.cuh, kda_scan_sm90.cuh.
+// The chunked form on Hopper: workspace and launches. The kernels: kda_image_sm90.cuh, kda_scan_sm90.cuh,
+// kda_fused_sm90.cuh.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/device.h"
-#include "kernels/kda/kda_prepare_sm90.cuh"
+#include "kernels/kda/kda_fused_sm90.cuh"
 #include "kernels/kda/kda_scan_sm90.cuh"
 
 namespace kilin {
@@ -69,6 +71,14 @@ int64_t image_bytes(const KdaCudaParams& p) {
   return p.key_dim == 64 ? KdaImage<64>::kBytes : KdaImage<128>::kBytes;
 }
 
+// Whether one block per sequence, head and part of V makes its own images.
+bool fused(const KdaCudaParams& p) {
+  if (p.plan != KdaCudaPlan::kAuto) return p.plan == KdaCudaPlan::kFused;
+  // Measured (bench/cuda_kda.cu): with few sequences and heads the chain from chunk to chunk decides, and that is
+  // shorter when the images are there already; with many, memory.
+  return 3 * static_cast<int64_t>(p.sequences) * p.value_heads > cuda_device().multiprocessors;
+}
+
 struct Workspace {
   size_t offsets, starts, chunks, images, bytes;
   explicit Workspace(const KdaCudaParams& p) {
@@ -77,13 +87,13 @@ struct Workspace {
     starts = offsets + (table ? aligned((p.sequences + 1) * 4) : 0);
     chunks = starts + (table ? aligned((p.sequences + 1) * 8) : 0);
     images = chunks + (table ? aligned(chunk_bound(p) * 8) : 0);
-    bytes = images + aligned(chunk_bound(p) * p.value_heads * image_bytes(p));
+    bytes = images + (fused(p) ? 0 : aligned(chunk_bound(p) * p.value_heads * image_bytes(p)));
   }
 };
 
-template <class Kernel, class Args>
-void launch(Kernel* kernel, const char* name, int64_t blocks, int threads, int shared_bytes, bool overlap,
-            cudaStream_t stream, const Args& args) {
+template <class... Args>
+void launch(void (*kernel)(Args...), const char* name, int64_t blocks, int threads, int shared_bytes, bool overlap,
+            cudaStream_t stream, const std::type_identity_t<Args>&... args) {
   if (blocks == 0) return;
   check(blocks < (int64_t{1} << 31), "{}: {} blocks are too many for one launch", name, blocks);
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
@@ -98,28 +108,64 @@ void launch(Kernel* kernel, const char* name, int64_t blocks, int threads, int s
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = overlap ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, args), "launch of {}", name);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, args...), "launch of {}", name);
+}
+
+// 64 or 128 rows of the state per block: as many blocks as there are multiprocessors, no more.
+int groups(const KdaCudaParams& p) {
+  const int64_t pairs = static_cast<int64_t>(p.sequences) * p.value_heads;
+  return p.value_dim == 64 || 2 * pairs <= cuda_device().multiprocessors ? 1 : 2;
+}
+
+template <class Element, int K, int kWarps>
+void scan(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) {
+  launch(kda_scan<Element, K, kWarps>, "kda_scan",
+         static_cast<int64_t>(p.sequences) * p.value_heads * (p.value_dim / (16 * kWarps)), 32 * kWarps + 32,
+         ScanShared<K, 16 * kWarps, 12>::kBytes, true, stream, args);
+}
+
+template <class Element, int K, class GateElement, KdaGate kGate>
+void run_gate(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) {
+  const int64_t pairs = static_cast<int64_t>(p.sequences) * p.value_heads;
+  const int64_t images = chunk_bound(p) * p.value_heads;
+  if (fused(p)) {
+    if (groups(p) == 1) {
+      launch(kda_fused<Element, K, GateElement, kGate, 1>, "kda_fused", pairs * (p.value_dim / 64), 512,
+             ScanShared<K, 64, 12>::kBytes, false, stream, args);
+    } else {
+      launch(kda_fused<Element, K, GateElement, kGate, 2>, "kda_fused", pairs, 512, ScanShared<K, 128, 12>::kBytes, false,
+             stream, args);
+    }
+    return;
+  }
+  launch(kda_images<Element, K, GateElement, kGate>, "kda_images", divide_up(images, kImageWarps), 32 * kImageWarps,
+         kImageWarps * KdaImage<K>::kPlace, false, stream, args, images);
+  // As many rows of S per block as leave no multiprocessor without work.
+  if (p.value_dim == 128 && pairs > cuda_device().multiprocessors / 2) {
+    scan<Element, K, 8>(p, args, stream);
+  } else if (pairs * (p.value_dim / 32) > cuda_device().multiprocessors) {
+    scan<Element, K, 4>(p, args, stream);
+  } else {
+    scan<Element, K, 2>(p, args, stream);
+  }
 }
 
 template <class Element, int K, class GateElement>
-void prepare(const KdaCudaParams& p, const KdaPrepareArgs& args, cudaStream_t stream) {
-  launch(kda_prepare<Element, K, GateElement>, "kda_prepare", chunk_bound(p) * p.value_heads, 128,
-         PrepareShared<K>::kBytes, false, stream, args);
+void run_gate_type(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) {
+  switch (p.gate_kind) {
+    case KdaGate::kSoftplus: return run_gate<Element, K, GateElement, KdaGate::kSoftplus>(p, args, stream);
+    case KdaGate::kBounded: return run_gate<Element, K, GateElement, KdaGate::kBounded>(p, args, stream);
+    case KdaGate::kNone: return run_gate<Element, K, GateElement, KdaGate::kNone>(p, args, stream);
+  }
 }
 
-template <class Element, int K>
-void run(const KdaCudaParams& p, const KdaPrepareArgs& first, const KdaScanArgs& second, cudaStream_t stream) {
-  if (p.gate_type == CudaType::kF32) {
-    prepare<Element, K, float>(p, first, stream);
+template <class Element>
+void run(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) {
+  const bool wide = p.gate_type == CudaType::kF32;
+  if (p.key_dim == 128) {
+    wide ? run_gate_type<Element, 128, float>(p, args, stream) : run_gate_type<Element, 128, Element>(p, args, stream);
   } else {
-    prepare<Element, K, Element>(p, first, stream);
-  }
-  const int64_t pairs = static_cast<int64_t>(p.sequences) * p.value_heads;
-  if (p.value_dim == 64 || 2 * pairs <= cuda_device().multiprocessors) {
-    launch(kda_scan<Element, K, 1>, "kda_scan", pairs * (p.value_dim / 64), 256, ScanShared<K, 1>::kBytes, true, stream,
-           second);
-  } else {
-    launch(kda_scan<Element, K, 2>, "kda_scan", pairs, 384, ScanShared<K, 2>::kBytes, true, stream, second);
+    wide ? run_gate_type<Element, 64, float>(p, args, stream) : run_gate_type<Element, 64, Element>(p, args, stream);
   }
 }
 
@@ -160,44 +206,39 @@ void kda_chunk_cuda(const KdaCudaParams& p, void* workspace, size_t workspace_by
     layout.starts = starts;
     layout.chunks = chunks;
   }
-  const cuda::KdaPrepareArgs first{.layout = layout,
-                                   .q = p.q.data,
-                                   .k = p.k.data,
-                                   .gate = p.gate.data,
-                                   .beta = p.beta.data,
-                                   .q_stride = p.q.stride,
-                                   .k_stride = p.k.stride,
-                                   .gate_stride = p.gate.stride,
-                                   .beta_stride = p.beta.stride,
-                                   .a_log = p.a_log,
-                                   .dt_bias = p.gate_kind == KdaGate::kNone ? nullptr : p.dt_bias,
-                                   .heads = p.heads,
-                                   .value_heads = p.value_heads,
-                                   .gate_kind = p.gate_kind,
-                                   .beta_type = p.beta_type,
-                                   .l2norm = p.l2norm,
-                                   .beta_is_logit = p.beta_is_logit,
-                                   .beta_scale = p.beta_scale,
-                                   .lower_bound = p.lower_bound,
-                                   .scale = p.scale,
-                                   .images = base + place.images};
-  const cuda::KdaScanArgs second{.layout = layout,
-                                 .images = base + place.images,
-                                 .v = p.v.data,
-                                 .v_stride = p.v.stride,
-                                 .out = p.out,
-                                 .out_stride = p.out_stride,
-                                 .value_heads = p.value_heads,
-                                 .value_dim = p.value_dim,
-                                 .initial = p.initial,
-                                 .final = p.final,
-                                 .chunk_states = p.chunk_states,
-                                 .chunk_state_type = p.chunk_state_type};
+  const cuda::KdaArgs args{.layout = layout,
+                           .q = p.q.data,
+                           .k = p.k.data,
+                           .v = p.v.data,
+                           .gate = p.gate.data,
+                           .beta = p.beta.data,
+                           .out = p.out,
+                           .q_stride = p.q.stride,
+                           .k_stride = p.k.stride,
+                           .v_stride = p.v.stride,
+                           .gate_stride = p.gate.stride,
+                           .beta_stride = p.beta.stride,
+                           .out_stride = p.out_stride,
+                           .a_log = p.a_log,
+                           .dt_bias = p.gate_kind == KdaGate::kNone ? nullptr : p.dt_bias,
+                           .heads = p.heads,
+                           .value_heads = p.value_heads,
+                           .value_dim = p.value_dim,
+                           .beta_type = p.beta_type,
+                           .l2norm = p.l2norm,
+                           .beta_is_logit = p.beta_is_logit,
+                           .beta_scale = p.beta_scale,
+                           .lower_bound = p.lower_bound,
+                           .scale = p.scale,
+                           .images = base + place.images,
+                           .initial = p.initial,
+                           .final = p.final,
+                           .chunk_states = p.chunk_states,
+                           .chunk_state_type = p.chunk_state_type};
   if (p.type == CudaType::kBf16) {
-    p.key_dim == 128 ? cuda::run<__nv_bfloat16, 128>(p, first, second, stream)
-                     : cuda::run<__nv_bfloat16, 64>(p, first, second, stream);
+    cuda::run<__nv_bfloat16>(p, args, stream);
   } else {
-    p.key_dim == 128 ? cuda::run<__half, 128>(p, first, second, stream) : cuda::run<__half, 64>(p, first, second, stream);
+    cuda::run<__half>(p, args, stream);
   }
 }
 

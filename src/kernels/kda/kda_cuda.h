@@ -36,6 +36,8 @@ struct CudaStates {
   const int32_t* slots = nullptr;
 };
 
+enum class KdaCudaPlan : uint8_t { kAuto, kFused, kTwoKernels };
+
 struct KdaCudaParams {
   int heads = 0;        // H
   int value_heads = 0;  // HV, a multiple of H
@@ -72,8 +74,13 @@ struct KdaCudaParams {
 
   void* out = nullptr;
   int64_t out_stride = 0;
+
+  // How: both kernels in one block per sequence and head (nothing goes through memory between them), or one kernel
+  // for all chunks in parallel and one for the scan. kAuto takes what was measured to be faster.
+  KdaCudaPlan plan = KdaCudaPlan::kAuto;
 };
 
+// Tokens between two chunk states.
 inline constexpr int kKdaCudaChunk = 64;
 
 // Throws Error when a dimension, a type, a pointer or a stride does not fit (what is on the device is not

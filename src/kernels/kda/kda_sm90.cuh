@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the chunk kernels for Hopper share: arguments, the image of a chunk, addresses in shared memory.
 //
-// A chunk has C = 64 tokens. Per chunk and value head, kda_prepare writes one image, which kda_scan copies into
-// shared memory as it is (docs/math/kda.md, chunked form; G = cumulative log2 decay from the chunk's start, G_C at its
-// end, L_ij = beta_i k_i . (k_j 2^(G_i - G_j)) for i > j, A = (I + L)^-1):
-//     minus w   -A diag(beta) (k 2^G)        [C][K]
-//     q         scale q 2^G                  [C][K]
-//     k         k 2^(G_C - G)                [C][K]
-//     P         scale q_i . k_j 2^(G_i - G_j), i >= j, else 0   [C][C]
-//     A         A diag(beta)                 [C][C]
-//     decay     2^G_C                        [K], fp32
-// The matrices are in the 128-byte swizzle, [K / 64][64 rows][64 columns]: the 16-byte piece p of row r stands at
-// piece p ^ (r % 8) of the row.
+// A chunk has C = 16 tokens. Per chunk and value head there is one image in shared memory (docs/math/kda.md, chunked
+// form; G = cumulative log2 decay from the chunk's start, G_C at its end, L_ij = beta_i k_i . (k_j 2^(G_i - G_j)) for
+// i > j, A = (I + L)^-1):
+//     rows      minus w = -A diag(beta) (k 2^G), then q = scale q 2^G     [2 C][K]
+//     keys      k 2^(G_C - G)                                             [C][K]
+//     P         scale q_i . k_j 2^(G_i - G_j), i >= j, else 0             [C][C]
+//     A         A diag(beta)                                              [C][C]
+//     decay     2^G_C                                                     [K], fp32
+// Rows and keys are in the 128-byte swizzle, [K / 64][rows][64 columns]: the 16-byte piece p of row r stands at place
+// p ^ (r % 8) of the row. P and A are in cores of 8 rows of 16 bytes, [2 row blocks][2 column blocks][8][8].
+// Before a warp makes the image (kda_image_sm90.cuh), the raw gate lies in the place of minus w, raw q in that of q,
+// raw k in that of the keys, the bias in that of the decay.
 #pragma once
 #include <cstdint>
 
@@ -20,64 +21,71 @@
 
 namespace kilin::cuda {
 
-constexpr int kChunk = kKdaCudaChunk;
+constexpr int kChunk = 16;
 
 template <int K>
 struct KdaImage {
-  static constexpr int kTile = kChunk * K * 2;  // bytes of a [C][K] matrix
-  static constexpr int kSquare = kChunk * kChunk * 2;
-  static constexpr int kMinusW = 0;
-  static constexpr int kQ = kTile;
-  static constexpr int kK = 2 * kTile;
-  static constexpr int kP = 3 * kTile;
-  static constexpr int kA = kP + kSquare;
-  static constexpr int kDecay = kA + kSquare;
+  static constexpr int kRows = 0;
+  static constexpr int kKeys = 2 * kChunk * K * 2;
+  static constexpr int kP = kKeys + kChunk * K * 2;
+  static constexpr int kA = kP + kChunk * kChunk * 2;
+  static constexpr int kDecay = kA + kChunk * kChunk * 2;
   static constexpr int kBytes = kDecay + K * 4;
+  static constexpr int kPlace = (kBytes + 1023) / 1024 * 1024;  // in shared memory
 };
 
-// Where a chunk or a sequence lies. offsets and chunks are null when all sequences are `length` tokens long.
+// Where a chunk or a sequence lies. offsets, starts and chunks are null when all sequences are `length` tokens long.
 struct KdaLayout {
-  int sequences;
-  int64_t length;           // of every sequence, or 0
-  int chunks_per_sequence;  // with length
-  const int32_t* offsets;   // [N + 1] first chunk of each sequence
-  const int64_t* starts;    // [N + 1] first token of each sequence
-  const int64_t* chunks;    // [chunks] first token and, in the top 8 bits, the number of tokens less one
+  int sequences = 0;
+  int64_t length = 0;           // of every sequence
+  int chunks_per_sequence = 0;  // with length
+  const int32_t* offsets = nullptr;   // [N + 1] first chunk of each sequence
+  const int64_t* starts = nullptr;    // [N + 1] first token of each sequence
+  const int64_t* chunks = nullptr;    // [chunks] first token and, in the top 8 bits, the number of tokens less one
 };
 
-struct KdaPrepareArgs {
+struct KdaArgs {
   KdaLayout layout;
   const void* q;
   const void* k;
+  const void* v;
   const void* gate;
   const void* beta;
-  int64_t q_stride, k_stride, gate_stride, beta_stride;
+  void* out;
+  int64_t q_stride, k_stride, v_stride, gate_stride, beta_stride, out_stride;
   const float* a_log;
   const float* dt_bias;
-  int heads, value_heads;
-  KdaGate gate_kind;
+  int heads, value_heads, value_dim;
   CudaType beta_type;
   bool l2norm, beta_is_logit;
   float beta_scale, lower_bound, scale;
   uint8_t* images;  // [chunks][HV]
-};
-
-struct KdaScanArgs {
-  KdaLayout layout;
-  const uint8_t* images;
-  const void* v;
-  int64_t v_stride;
-  void* out;
-  int64_t out_stride;
-  int value_heads, value_dim;
   CudaStates initial, final;
   void* chunk_states;
   CudaType chunk_state_type;
 };
 
-// Byte offset of the 16-byte piece `piece` (8 elements) of row `row` in a swizzled [.][64][64] matrix.
+// The sequence of a block.
+struct KdaSequence {
+  int64_t first;  // token
+  int64_t length;
+  int64_t chunk;  // first chunk
+  int chunks;
+};
+
+__device__ __forceinline__ KdaSequence kda_sequence(const KdaLayout& layout, int n) {
+  if (layout.offsets == nullptr) {
+    return {n * layout.length, layout.length, static_cast<int64_t>(n) * layout.chunks_per_sequence,
+            layout.chunks_per_sequence};
+  }
+  const int64_t first = layout.starts[n];
+  return {first, layout.starts[n + 1] - first, layout.offsets[n], layout.offsets[n + 1] - layout.offsets[n]};
+}
+
+// Byte offset of the 16-byte piece `piece` of row `row` in a swizzled matrix of kRows rows.
+template <int kRows>
 __device__ __forceinline__ uint32_t swizzled(int row, int piece) {
-  return (piece >> 3) * 8192 + row * 128 + (((piece & 7) ^ (row & 7)) << 4);
+  return (piece >> 3) * (kRows * 128) + row * 128 + (((piece & 7) ^ (row & 7)) << 4);
 }
 
 __device__ __forceinline__ float load_float(const void* p, CudaType type, int64_t i) {

@@ -1,0 +1,487 @@
+// SPDX-License-Identifier: Apache-2.0
+// One warp makes the image of one chunk and value head (kda_sm90.cuh), in place, without any barrier of the block.
+//
+// Every element is handled in the registers of the thread that holds it as an operand of a matrix product: the
+// cumulative gate is a product with a triangle of ones, whose result lies where ldmatrix puts q and k; an A operand
+// of a matrix is a B operand of its transpose, so L, P and the norms never leave the registers before they are done.
+//
+// Decays are split so that no operand overflows and nothing that matters underflows, for any gate. A decay below
+// 2^-24 per token counts as 2^-24 (the resolution of fp32). When a chunk decays by no more than 2^-104, rows are
+// taken times 2^G and columns times 2^-G. Otherwise columns are taken relative to the fifth token of their half
+// (8 tokens) and the rows relative to the one of the columns they meet: exponents are at most 96 where i >= j, since
+// one token changes G by no more than 24. Operands are bf16, which has the range.
+#pragma once
+#include "kernels/kda/kda_sm90.cuh"
+
+namespace kilin::cuda {
+
+// log2 of the decay of one token, at least -24. bias and rate: see ImageWarp.
+template <KdaGate kGate>
+__device__ __forceinline__ float log2_decay(float x, float bias, float factor, float rate) {
+  constexpr float kLog2e = 1.44269504f;
+  float y;
+  if constexpr (kGate == KdaGate::kSoftplus) {
+    // -e^A log2(1 + e^(x + b)) = rate (max(z, 0) + log2(1 + 2^-|z|)), z = (x + b) log2 e. Small terms by their series:
+    // what 1 + 2^-|z| loses would add up over a long, slow decay.
+    const float z = fmaf(x, factor, bias);
+    const float e = fast_exp2(-fabsf(z));
+    const float series = e * fmaf(-e, fmaf(-e, fmaf(e, -0.25f * kLog2e, 0.33333333f * kLog2e), 0.5f * kLog2e), kLog2e);
+    const float tail = e < 0.0625f ? series : fast_log2(1.0f + e);
+    y = rate * (fmaxf(z, 0.0f) + tail);
+  } else if constexpr (kGate == KdaGate::kBounded) {
+    // lower_bound log2 e / (1 + e^(-e^A (x + b)))
+    y = rate * fast_reciprocal(1.0f + fast_exp2(fmaf(x, factor, bias)));
+  } else {
+    y = x * factor;
+  }
+  return fmaxf(y, -24.0f);
+}
+
+// kTogether: steps of 16 channels side by side, for the latencies.
+template <class Element, int K, class GateElement, KdaGate kGate, int kTogether>
+struct ImageWarp {
+  using Image = KdaImage<K>;
+  static constexpr int kSteps = K / 16;  // of 16 channels
+  static constexpr float kLog2e = 1.44269504f;
+
+  const KdaArgs& args;
+  int head;      // value head
+  uint32_t place;  // of the image, an address in shared memory
+  uint8_t* shared;  // the same as a pointer
+  int64_t first;    // token
+  int length;       // 1 to 16
+  int lane, g, t;
+  float factor, rate;  // of log2_decay
+  float beta;          // of token lane % 16
+
+  __device__ __forceinline__ ImageWarp(const KdaArgs& arguments, int value_head)
+      : args(arguments), head(value_head), lane(threadIdx.x & 31), g(lane >> 2), t(lane & 3) {
+    const float speed = args.a_log != nullptr && kGate != KdaGate::kNone ? __expf(args.a_log[head]) : 1.0f;
+    factor = kGate == KdaGate::kBounded ? -speed * kLog2e : kLog2e;
+    rate = kGate == KdaGate::kBounded ? args.lower_bound * kLog2e : -speed;
+  }
+
+  // Raw q, k and gate; 32 / (K / 8) rows at once.
+  template <bool kAll>
+  __device__ __forceinline__ void copy_rows() const {
+    constexpr int kPieces = K / 8, kAtOnce = 32 / kPieces;
+    const int kv_head = head / (args.value_heads / args.heads);
+    const int piece = lane % kPieces, row = lane / kPieces;
+    const int64_t token = first + row;
+    const Element* k = static_cast<const Element*>(args.k) + token * args.k_stride + kv_head * K + piece * 8;
+    const Element* q = static_cast<const Element*>(args.q) + token * args.q_stride + kv_head * K + piece * 8;
+    const GateElement* gate = static_cast<const GateElement*>(args.gate) + token * args.gate_stride + head * K + piece * 8;
+    // Row i kAtOnce + row has the row of its swizzle from two disjoint sets of bits.
+    const uint32_t keys = place + Image::kKeys + swizzled<16>(row, piece);
+    const uint32_t rows = place + Image::kRows + swizzled<32>(row, piece);
+#pragma unroll
+    for (int i = 0; i < kChunk / kAtOnce; ++i) {
+      const bool valid = kAll || i * kAtOnce + row < length;
+      const uint32_t other = ((i * kAtOnce) & 7) << 4, down = i * kAtOnce * 128;
+      const int64_t step = valid ? i * kAtOnce : 0;
+      if constexpr (sizeof(GateElement) == 2)
+        copy_16_async((rows ^ other) + down, gate + step * args.gate_stride, valid);
+      copy_16_async((rows ^ other) + down + 16 * 128, q + step * args.q_stride, valid);
+      copy_16_async((keys ^ other) + down, k + step * args.k_stride, valid);
+    }
+  }
+
+  // Begins the copies of raw q, k, gate and bias (cp.async, not committed), and loads beta.
+  __device__ __forceinline__ void load(uint8_t* to, int64_t token, int tokens) {
+    shared = to;
+    place = shared_address(to);
+    first = token;
+    length = tokens;
+    if (length == kChunk) {
+      copy_rows<true>();
+    } else {
+      copy_rows<false>();
+    }
+    if (lane < K / 4) {
+      const float* bias = args.dt_bias != nullptr ? args.dt_bias + head * K + lane * 4 : nullptr;
+      copy_16_async(place + Image::kDecay + lane * 16, bias, bias != nullptr);
+    }
+    const int r = lane & 15;
+    beta = 0.0f;
+    if (r < length) beta = load_float(args.beta, args.beta_type, (first + r) * args.beta_stride + head);
+  }
+
+  // Asks the L2 for the rows of a later chunk of this sequence (v too), so that their copies will be quick.
+  __device__ __forceinline__ void prefetch(int64_t token, int64_t end, const void* v, int value_dim) const {
+    constexpr int kLines = K / 64;  // of 128 bytes per row
+    const int kv_head = head / (args.value_heads / args.heads);
+    const int64_t row = token + (lane & 15);
+    if (row >= end) return;
+    const auto ask = [](const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); };
+    for (int i = lane >> 4; i < kLines; i += 2) {
+      ask(static_cast<const Element*>(args.k) + row * args.k_stride + kv_head * K + i * 64);
+      ask(static_cast<const Element*>(args.q) + row * args.q_stride + kv_head * K + i * 64);
+      if constexpr (sizeof(GateElement) == 2)
+        ask(static_cast<const GateElement*>(args.gate) + row * args.gate_stride + head * K + i * 64);
+    }
+    for (int i = lane >> 4; i < value_dim / 64; i += 2) ask(static_cast<const Element*>(v) + row * args.v_stride + i * 64);
+  }
+
+  // Address for ldmatrix and stmatrix of the block of 16 rows and the columns 16 step ... of a swizzled matrix.
+  template <int kMatrixRows>
+  __device__ __forceinline__ uint32_t block(uint32_t matrix, int step) const {
+    const int piece = (2 * step) & 7;
+    return matrix + (step >> 2) * (kMatrixRows * 128) + (lane & 15) * 128 + (((piece | (lane >> 4)) ^ (lane & 7)) << 4);
+  }
+  // Of a 16 x 16 matrix in cores.
+  __device__ __forceinline__ uint32_t square(int matrix) const {
+    return place + matrix + ((lane >> 3) & 1) * 256 + (lane >> 4) * 128 + (lane & 7) * 16;
+  }
+
+  // Squares of the rows of an A operand, added to the diagonal blocks of its product with its transpose.
+  __device__ __forceinline__ void add_squares(float (&upper)[4], float (&lower)[4], const uint32_t (&x)[4]) const {
+    mma<Element>(upper, x, x[0], x[2]);
+    mma<Element>(lower, x, x[1], x[3]);
+  }
+  // Of rows g and g + 8: 1 / norm, from the diagonals.
+  __device__ __forceinline__ void inverse_norms(const float (&upper)[4], const float (&lower)[4],
+                                                float (&norm)[2]) const {
+    const int holder = (lane & ~3) | (g >> 1);
+    norm[0] = rsqrtf(__shfl_sync(~0u, (g & 1) != 0 ? upper[1] : upper[0], holder) + 1e-6f);
+    norm[1] = rsqrtf(__shfl_sync(~0u, (g & 1) != 0 ? lower[3] : lower[2], holder) + 1e-6f);
+  }
+
+  // log2 decays of tokens 2t, 2t + 1 (+ 8 half) and channel g (+ 8 n) of the step.
+  __device__ __forceinline__ void gates(int step, float (&x)[2][2][2]) const {
+    if constexpr (sizeof(GateElement) == 2) {
+      uint32_t r[4];
+      ldmatrix_trans(r, block<32>(place + Image::kRows, step));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack<GateElement>(r[i]);
+        x[i >> 1][i & 1][0] = pair.x;
+        x[i >> 1][i & 1][1] = pair.y;
+      }
+    } else {
+      const float* rows = static_cast<const float*>(args.gate) + first * args.gate_stride + head * K + 16 * step + g;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int token = 2 * t + (i & 1) + 8 * ((i >> 1) & 1);
+        x[i >> 2][(i >> 1) & 1][i & 1] = token < length ? rows[token * args.gate_stride + 8 * (i >> 2)] : 0.0f;
+      }
+    }
+    const float* biases = reinterpret_cast<const float*>(shared + Image::kDecay) + 16 * step + g;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float bias = biases[8 * n] * factor;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[n][i >> 1][i & 1] = log2_decay<kGate>(x[n][i >> 1][i & 1], bias, factor, rate);
+    }
+    if (length < kChunk) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (2 * t + (i & 1) + 8 * ((i >> 1) & 1) >= length) x[i >> 2][(i >> 1) & 1][i & 1] = 0.0f;
+      }
+    }
+  }
+
+  // sum[n] (accumulator layout, 16 tokens x 8 channels) = inclusive sum over tokens of x: a product with a triangle
+  // of ones, each float as two tf32 terms. Token 2t stands at k = t, token 2t + 1 at k = t + 4.
+  __device__ __forceinline__ void cumulative(const float (&x)[2][2][2], float (&sum)[2][4]) const {
+    const float even = 2 * t <= g ? 1.0f : 0.0f;
+    const float odd = 2 * t + 1 <= g ? 1.0f : 0.0f;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float high[2][2], low[2][2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float value = x[n][i >> 1][i & 1];
+        high[i >> 1][i & 1] = __uint_as_float(__float_as_uint(value) & 0xFFFFE000u);
+        low[i >> 1][i & 1] = value - high[i >> 1][i & 1];
+      }
+      float rest[4] = {};
+      sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0.0f;
+      mma_tf32(rest, even, 1.0f, odd, 1.0f, low[0][0], low[0][1]);
+      mma_tf32(sum[n], even, 1.0f, odd, 1.0f, high[0][0], high[0][1]);
+      mma_tf32(rest, 0.0f, even, 0.0f, odd, low[1][0], low[1][1]);
+      mma_tf32(sum[n], 0.0f, even, 0.0f, odd, high[1][0], high[1][1]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[n][i] += rest[i];
+    }
+  }
+
+  // What the two branches of a step give: A operands of k 2^G, scale q 2^G, k 2^(G_C - G); L and P are added to.
+  struct Operands {
+    uint32_t k[4], q[4], keys[4];
+  };
+
+  // An A operand as floats, its rows times the norms.
+  __device__ __forceinline__ static void scaled(const uint32_t (&r)[4], const float (&norm)[2], float (&x)[4][2]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = unpack<Element>(r[i]);
+      x[i][0] = pair.x * norm[i & 1];
+      x[i][1] = pair.y * norm[i & 1];
+    }
+  }
+
+  __device__ __forceinline__ void gentle(const float (&sum)[2][4], const uint32_t (&kr)[4], const uint32_t (&qr)[4],
+                                         const float (&k_norm)[2], const float (&q_norm)[2], float (&decay)[4],
+                                         Operands& o, float (&l)[2][4], float (&p)[2][4]) const {
+    float k[4][2], q[4][2];
+    scaled(kr, k_norm, k);
+    scaled(qr, q_norm, q);
+    uint32_t row_k[4], row_q[4], column[4];
+    float inverse[4][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float s0 = sum[i >> 1][2 * (i & 1)], s1 = sum[i >> 1][2 * (i & 1) + 1];
+      const float up0 = fast_exp2(s0), up1 = fast_exp2(s1);
+      inverse[i][0] = k[i][0] * fast_exp2(-s0);
+      inverse[i][1] = k[i][1] * fast_exp2(-s1);
+      row_k[i] = pack<__nv_bfloat16>(k[i][0] * up0, k[i][1] * up1);
+      row_q[i] = pack<__nv_bfloat16>(q[i][0] * up0, q[i][1] * up1);
+      column[i] = pack<__nv_bfloat16>(inverse[i][0], inverse[i][1]);
+      if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+        o.k[i] = row_k[i];
+        o.q[i] = row_q[i];
+      } else {
+        o.k[i] = pack<Element>(k[i][0] * up0, k[i][1] * up1);
+        o.q[i] = pack<Element>(q[i][0] * up0, q[i][1] * up1);
+      }
+      if ((i & 1) != 0) {
+        decay[i - 1] = up0;
+        decay[i] = up1;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float end0 = __shfl_sync(~0u, decay[2 * n], 28 + t), end1 = __shfl_sync(~0u, decay[2 * n + 1], 28 + t);
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        o.keys[2 * n + h] = pack<Element>(inverse[2 * n + h][0] * end0, inverse[2 * n + h][1] * end1);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      mma<__nv_bfloat16>(l[n], row_k, column[n], column[2 + n]);
+      mma<__nv_bfloat16>(p[n], row_q, column[n], column[2 + n]);
+    }
+  }
+
+  __device__ __forceinline__ void steep(const float (&sum)[2][4], const uint32_t (&kr)[4], const uint32_t (&qr)[4],
+                                         const float (&k_norm)[2], const float (&q_norm)[2], float (&decay)[4],
+                                         Operands& o, float (&l)[2][4], float (&p)[2][4]) const {
+    float k[4][2], q[4][2];
+    scaled(kr, k_norm, k);
+    scaled(qr, q_norm, q);
+    uint32_t first_k[4], first_q[4];    // rows for the columns 0 to 7, relative to token 4
+    uint32_t second_k[4], second_q[4];  // for the columns 8 to 15, relative to token 12
+    uint32_t column[4];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float anchor[2][2], end[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        anchor[0][e] = __shfl_sync(~0u, sum[n][e], 16 + t);
+        anchor[1][e] = __shfl_sync(~0u, sum[n][2 + e], 16 + t);
+        end[e] = __shfl_sync(~0u, sum[n][2 + e], 28 + t);
+        decay[2 * n + e] = fast_exp2(sum[n][2 + e]);
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int i = 2 * n + h;
+        float own[2], earlier[2], inverse[2], up[2], down[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float s = sum[n][2 * h + e];
+          own[e] = fast_exp2(s - anchor[h][e]);
+          inverse[e] = fast_exp2(anchor[h][e] - s);
+          earlier[e] = h == 0 ? own[e] : fast_exp2(s - anchor[0][e]);
+          up[e] = fast_exp2(s);
+          down[e] = fast_exp2(end[e] - s);
+        }
+        first_k[i] = pack<__nv_bfloat16>(k[i][0] * earlier[0], k[i][1] * earlier[1]);
+        first_q[i] = pack<__nv_bfloat16>(q[i][0] * earlier[0], q[i][1] * earlier[1]);
+        second_k[i] = h == 0 ? 0 : pack<__nv_bfloat16>(k[i][0] * own[0], k[i][1] * own[1]);
+        second_q[i] = h == 0 ? 0 : pack<__nv_bfloat16>(q[i][0] * own[0], q[i][1] * own[1]);
+        column[i] = pack<__nv_bfloat16>(k[i][0] * inverse[0], k[i][1] * inverse[1]);
+        o.k[i] = pack<Element>(k[i][0] * up[0], k[i][1] * up[1]);
+        o.q[i] = pack<Element>(q[i][0] * up[0], q[i][1] * up[1]);
+        o.keys[i] = pack<Element>(k[i][0] * down[0], k[i][1] * down[1]);
+      }
+    }
+    mma<__nv_bfloat16>(l[0], first_k, column[0], column[2]);
+    mma<__nv_bfloat16>(p[0], first_q, column[0], column[2]);
+    mma<__nv_bfloat16>(l[1], second_k, column[1], column[3]);
+    mma<__nv_bfloat16>(p[1], second_q, column[1], column[3]);
+  }
+
+  // A = (I + L)^-1 by forward substitution, a column per lane (the upper lanes do it again), in the places of P and
+  // A; leaves A diag(beta) as an A operand.
+  __device__ __forceinline__ void invert(const float (&l)[2][4], uint32_t (&a)[4]) const {
+    float* scratch = reinterpret_cast<float*>(shared + Image::kP);  // [16][16]
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        *reinterpret_cast<float2*>(scratch + (g + 8 * h) * 16 + 8 * n + 2 * t) = {l[n][2 * h], l[n][2 * h + 1]};
+    }
+    __syncwarp();
+    const int column = lane & 15;
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float even = i == column ? 1.0f : 0.0f, odd = 0.0f;
+#pragma unroll
+      for (int j = 0; j < i; j += 4) {
+        const float4 row = *reinterpret_cast<const float4*>(scratch + i * 16 + j);
+        even = fmaf(-row.x, x[j], even);
+        if (j + 1 < i) odd = fmaf(-row.y, x[j + 1], odd);
+        if (j + 2 < i) even = fmaf(-row.z, x[j + 2], even);
+        if (j + 3 < i) odd = fmaf(-row.w, x[j + 3], odd);
+      }
+      x[i] = even + odd;
+    }
+    __syncwarp();
+    if (lane < 16) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) scratch[i * 16 + column] = x[i] * beta;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = *reinterpret_cast<const float2*>(scratch + (g + 8 * (i & 1)) * 16 + 8 * (i >> 1) + 2 * t);
+      a[i] = pack<Element>(pair.x, pair.y);
+    }
+    __syncwarp();
+  }
+
+  // What load began has arrived. Leaves the image, not yet visible to the asynchronous proxy.
+  __device__ __forceinline__ void make() {
+    if (args.beta_is_logit && (lane & 15) < length) beta = 1.0f / (1.0f + __expf(-beta));
+    beta *= args.beta_scale;
+    const uint32_t rows = place + Image::kRows, keys = place + Image::kKeys;
+    float k_norm[2] = {1.0f, 1.0f}, q_norm[2] = {1.0f, 1.0f};
+    if (args.l2norm) {
+      float squares[4][4] = {};
+#pragma unroll 4
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t kr[4], qr[4];
+        ldmatrix(kr, block<16>(keys, step));
+        ldmatrix(qr, block<32>(rows + 16 * 128, step));
+        add_squares(squares[0], squares[1], kr);
+        add_squares(squares[2], squares[3], qr);
+      }
+      inverse_norms(squares[0], squares[1], k_norm);
+      inverse_norms(squares[2], squares[3], q_norm);
+    }
+    q_norm[0] *= args.scale;
+    q_norm[1] *= args.scale;
+    float l[2][4] = {}, p[2][4] = {};
+#pragma unroll 1
+    for (int step0 = 0; step0 < kSteps; step0 += kTogether) {
+      float x[kTogether][2][2][2], sum[kTogether][2][4], decay[kTogether][4];
+      uint32_t kr[kTogether][4], qr[kTogether][4];
+      Operands o[kTogether];
+      float least = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) gates(step0 + i, x[i]);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        ldmatrix(kr[i], block<16>(keys, step0 + i));
+        ldmatrix(qr[i], block<32>(rows + 16 * 128, step0 + i));
+        cumulative(x[i], sum[i]);
+        least = fminf(least, fminf(fminf(sum[i][0][2], sum[i][0][3]), fminf(sum[i][1][2], sum[i][1][3])));
+      }
+      if (__any_sync(~0u, least < -104.0f)) {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) steep(sum[i], kr[i], qr[i], k_norm, q_norm, decay[i], o[i], l, p);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) gentle(sum[i], kr[i], qr[i], k_norm, q_norm, decay[i], o[i], l, p);
+      }
+      __syncwarp();  // all lanes have read gate, bias, k and q of these steps
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        stmatrix(block<32>(rows, step0 + i), o[i].k);
+        stmatrix(block<32>(rows + 16 * 128, step0 + i), o[i].q);
+        stmatrix(block<16>(keys, step0 + i), o[i].keys);
+        if (g == 7) {
+          float* to = reinterpret_cast<float*>(shared + Image::kDecay) + 16 * (step0 + i) + 2 * t;
+          *reinterpret_cast<float2*>(to) = {decay[i][0], decay[i][1]};
+          *reinterpret_cast<float2*>(to + 8) = {decay[i][2], decay[i][3]};
+        }
+      }
+    }
+    // The triangles; beta of row i on L.
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float row_beta = __shfl_sync(~0u, beta, g + 8 * h);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int row = g + 8 * h, column = 8 * n + 2 * t + e;
+          p[n][2 * h + e] = row >= column ? p[n][2 * h + e] : 0.0f;
+          l[n][2 * h + e] = row > column ? l[n][2 * h + e] * row_beta : 0.0f;
+        }
+      }
+    }
+    uint32_t a[4], minus_a[4];
+    invert(l, a);
+    const uint32_t packed_p[4] = {pack<Element>(p[0][0], p[0][1]), pack<Element>(p[0][2], p[0][3]),
+                                  pack<Element>(p[1][0], p[1][1]), pack<Element>(p[1][2], p[1][3])};
+    stmatrix(square(Image::kP), packed_p);
+    stmatrix(square(Image::kA), a);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) minus_a[i] = a[i] ^ 0x80008000u;
+#pragma unroll 4
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t b[4];
+      float w[2][4] = {};
+      ldmatrix_trans(b, block<32>(rows, step));
+      mma<Element>(w[0], minus_a, b[0], b[1]);
+      mma<Element>(w[1], minus_a, b[2], b[3]);
+      __syncwarp();
+      const uint32_t packed[4] = {pack<Element>(w[0][0], w[0][1]), pack<Element>(w[0][2], w[0][3]),
+                                  pack<Element>(w[1][0], w[1][1]), pack<Element>(w[1][2], w[1][3])};
+      stmatrix(block<32>(rows, step), packed);
+    }
+  }
+};
+
+// Images to the workspace: a warp per chunk and value head, neighbouring heads side by side.
+constexpr int kImageWarps = 5;
+
+template <class Element, int K, class GateElement, KdaGate kGate>
+__global__ void __launch_bounds__(kImageWarps * 32, 3) kda_images(const __grid_constant__ KdaArgs args, int64_t count) {
+  using Image = KdaImage<K>;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
+  const int64_t number = blockIdx.x * int64_t{kImageWarps} + warp;
+  if (number >= count) return;
+  const int64_t chunk = number / args.value_heads;
+  int64_t first;
+  int length;
+  if (args.layout.chunks == nullptr) {
+    const int64_t sequence = chunk / args.layout.chunks_per_sequence;
+    const int64_t offset = (chunk % args.layout.chunks_per_sequence) * kChunk;
+    first = sequence * args.layout.length + offset;
+    length = static_cast<int>(min(static_cast<int64_t>(kChunk), args.layout.length - offset));
+  } else {
+    if (chunk >= args.layout.offsets[args.layout.sequences]) return;
+    const int64_t entry = args.layout.chunks[chunk];
+    first = entry & ((int64_t{1} << 56) - 1);
+    length = static_cast<int>(entry >> 56) + 1;
+  }
+  ImageWarp<Element, K, GateElement, kGate, 1> image(args, static_cast<int>(number % args.value_heads));
+  image.load(shared + warp * Image::kPlace, first, length);
+  copy_commit();
+  copy_wait<0>();
+  __syncwarp();
+  image.make();
+  async_proxy_fence();
+  __syncwarp();
+  if (image.lane == 0) {
+    bulk_store(args.images + number * Image::kBytes, image.place, Image::kBytes);
+    bulk_commit();
+    bulk_wait_read();
+  }
+}
+
+}  // namespace kilin::cuda

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the two scans over chunks share: the work of a block, its stages in shared memory, and the state in registers.
+#pragma once
+#include "kernels/kda/kda_image_sm90.cuh"
+
+namespace kilin::cuda {
+
+// What a block works on.
+struct ScanWork {
+  KdaSequence sequence;
+  int number;           // of the sequence
+  int head;             // value head
+  int column;           // first row of S
+  int64_t state_chunk;  // chunks of kKdaCudaChunk tokens of the sequences before
+};
+
+// kRows: rows of S per block.
+template <int kRows>
+__device__ __forceinline__ ScanWork scan_work(const KdaArgs& args) {
+  const int parts = args.value_dim / kRows;
+  ScanWork work;
+  work.column = static_cast<int>(blockIdx.x) % parts * kRows;
+  work.head = static_cast<int>(blockIdx.x) / parts % args.value_heads;
+  work.number = static_cast<int>(blockIdx.x) / parts / args.value_heads;
+  work.sequence = kda_sequence(args.layout, work.number);
+  work.state_chunk = 0;
+  if (args.chunk_states != nullptr) {
+    if (args.layout.offsets == nullptr) {
+      work.state_chunk = work.number * ((args.layout.length + kKdaCudaChunk - 1) / kKdaCudaChunk);
+    } else {
+      for (int n = 0; n < work.number; ++n)
+        work.state_chunk += (args.layout.starts[n + 1] - args.layout.starts[n] + kKdaCudaChunk - 1) / kKdaCudaChunk;
+    }
+  }
+  return work;
+}
+
+// Stages of an image and of v, which makes room for out: [kRows / 64, at least 1][16 tokens][64], in the 128-byte
+// swizzle (64 columns are kept for fewer rows too).
+template <int K, int kRows, int kWanted>
+struct ScanShared {
+  static constexpr int kValues = KdaImage<K>::kPlace;
+  static constexpr int kStage = kValues + (kRows + 63) / 64 * 2048;
+  static constexpr int kStages = kWanted;
+  static constexpr int kBarriers = kStages * kStage;  // full, empty of each stage
+  static constexpr int kBytes = kBarriers + kStages * 16;
+  static_assert(kBytes <= 232448);
+};
+
+// Begins the copies of v of a chunk (cp.async, not committed), by one warp.
+template <class Element, int kRows>
+__device__ __forceinline__ void load_values(const KdaArgs& args, const ScanWork& work, int c, uint32_t to) {
+  constexpr int kPieces = kRows / 8;
+  const int lane = threadIdx.x & 31;
+  const int64_t left = work.sequence.length - static_cast<int64_t>(c) * kChunk;
+  const Element* v = static_cast<const Element*>(args.v) +
+                     (work.sequence.first + static_cast<int64_t>(c) * kChunk) * args.v_stride +
+                     work.head * args.value_dim + work.column;
+#pragma unroll
+  for (int i = 0; i < kPieces / 2; ++i) {
+    const int r = (i * 32 + lane) / kPieces, piece = (i * 32 + lane) % kPieces;
+    const bool valid = r < left;
+    copy_16_async(to + swizzled<16>(r, piece), v + (valid ? r : 0) * args.v_stride + piece * 8, valid);
+  }
+}
+
+template <int kStages>
+__device__ __forceinline__ void init_stages(uint32_t barriers, uint32_t producers, uint32_t consumers) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(barriers + 16 * i, producers);
+      barrier_init(barriers + 16 * i + 8, consumers);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+}
+
+// 16 rows of S of one warp in accumulator layout: s[4 n + 2 half + e] = S[row g + 8 half][8 n + 2t + e].
+template <class Element, int K>
+struct StateRows {
+  const KdaArgs& args;
+  const ScanWork& work;
+  int lane, g, t;
+  int column;  // first row of S
+  float s[K / 2];
+
+  __device__ __forceinline__ StateRows(const KdaArgs& arguments, const ScanWork& scan, int row)
+      : args(arguments), work(scan), lane(threadIdx.x & 31), g(lane >> 2), t(lane & 3), column(scan.column + row) {}
+
+  // Place of row g + 8 half, columns 8 n + 2t of the state of a slot.
+  __device__ __forceinline__ int64_t index(int64_t slot, int64_t stride, int half, int n) const {
+    return slot * stride + (static_cast<int64_t>(work.head) * args.value_dim + column + g + 8 * half) * K + 8 * n +
+           2 * t;
+  }
+
+  __device__ __forceinline__ void load() {
+#pragma unroll
+    for (int i = 0; i < K / 2; ++i) s[i] = 0.0f;
+    if (args.initial.data == nullptr) return;
+    const int64_t slot = args.initial.slots != nullptr ? args.initial.slots[work.number] : work.number;
+    if (slot < 0) return;
+#pragma unroll
+    for (int i = 0; i < K / 4; ++i) {
+      const int64_t at = index(slot, args.initial.slot_stride, i & 1, i >> 1);
+      float2 pair;
+      if (args.initial.type == CudaType::kF32) {
+        pair = *reinterpret_cast<const float2*>(static_cast<const float*>(args.initial.data) + at);
+      } else {
+        pair = unpack<__nv_bfloat16>(
+            *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(args.initial.data) + at));
+      }
+      s[2 * i] = pair.x;
+      s[2 * i + 1] = pair.y;
+    }
+  }
+
+  __device__ __forceinline__ void store(void* to, CudaType type, int64_t slot, int64_t stride) const {
+#pragma unroll
+    for (int i = 0; i < K / 4; ++i) {
+      const int64_t at = index(slot, stride, i & 1, i >> 1);
+      if (type == CudaType::kF32) {
+        *reinterpret_cast<float2*>(static_cast<float*>(to) + at) = {s[2 * i], s[2 * i + 1]};
+      } else {
+        *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(to) + at) = pack<__nv_bfloat16>(s[2 * i], s[2 * i + 1]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_final() const {
+    if (args.final.data == nullptr) return;
+    const int64_t slot = args.final.slots != nullptr ? args.final.slots[work.number] : work.number;
+    if (slot >= 0) store(args.final.data, args.final.type, slot, args.final.slot_stride);
+  }
+
+  __device__ __forceinline__ void store_chunk_state(int c) const {
+    constexpr int kEvery = kKdaCudaChunk / kChunk;
+    if (args.chunk_states != nullptr && c % kEvery == 0) {
+      store(args.chunk_states, args.chunk_state_type, work.state_chunk + c / kEvery,
+            static_cast<int64_t>(args.value_heads) * args.value_dim * K);
+    }
+  }
+
+  // S rounded, as A operands of the steps of 16 channels.
+  __device__ __forceinline__ void round(uint32_t (&rounded)[K / 16][4]) const {
+#pragma unroll
+    for (int i = 0; i < K / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) rounded[i][j] = pack<Element>(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
+    }
+  }
+
+  __device__ __forceinline__ void decay(const uint8_t* factors) {
+    const float* by = reinterpret_cast<const float*>(factors) + 2 * t;
+#pragma unroll
+    for (int n = 0; n < K / 8; ++n) {
+      const float2 f = *reinterpret_cast<const float2*>(by + 8 * n);
+      s[4 * n] *= f.x;
+      s[4 * n + 1] *= f.y;
+      s[4 * n + 2] *= f.x;
+      s[4 * n + 3] *= f.y;
+    }
+  }
+
+  // Address of this warp's 16 columns of v (`part` of the 4 in a tile of 64), for ldmatrix and stmatrix transposed.
+  __device__ __forceinline__ uint32_t values_block(uint32_t values, int part) const {
+    return values + swizzled<16>((lane & 7) + 8 * (lane >> 4), 2 * part + ((lane >> 3) & 1));
+  }
+
+  // out^T (16 rows x 16 tokens) through this warp's columns of the place of v, 32 bytes per token.
+  __device__ __forceinline__ void store_out(const float (&x)[8], uint32_t values, int part, int c) const {
+    stmatrix_trans(values_block(values, part), pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]),
+                   pack<Element>(x[4], x[5]), pack<Element>(x[6], x[7]));
+    __syncwarp();
+    const int token = lane >> 1, piece = lane & 1;
+    uint4 row;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(row.x), "=r"(row.y), "=r"(row.z), "=r"(row.w)
+                 : "r"(values + swizzled<16>(token, 2 * part + piece))
+                 : "memory");
+    const int64_t at = static_cast<int64_t>(c) * kChunk + token;
+    if (at < work.sequence.length) {
+      *reinterpret_cast<uint4*>(static_cast<Element*>(args.out) + (work.sequence.first + at) * args.out_stride +
+                                work.head * args.value_dim + column + piece * 8) = row;
+    }
+  }
+};
+
+}  // namespace kilin::cuda

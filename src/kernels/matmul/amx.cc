@@ -291,6 +291,37 @@ Operands weights_block(const WeightMatrix& w, const std::byte* panel, int64_t se
   return o;
 }
 
+// Asks the second-level cache for the weights of the next block of depth, a few lines beside the products of
+// every 32 tokens: they come from memory, and widening would wait for each of its streams anew.
+class Ahead {
+ public:
+  // The block from chunk `chunk` on; past the end of a panel the first block of the next pair, if there is one.
+  Ahead(const std::byte* panel, int64_t second, int64_t panel_bytes, int64_t chunk, int64_t depth,
+        int64_t chunks, bool more) {
+    const int64_t size = (panel_bytes * depth + chunks - 1) / chunks;
+    if (chunk < chunks) {
+      from_[0] = panel + panel_bytes * chunk / chunks;
+      from_[1] = from_[0] + second;
+    } else {
+      from_[0] = panel + kPanels * panel_bytes;
+      from_[1] = from_[0] + panel_bytes;
+    }
+    left_ = chunk < chunks || more ? size : 0;
+  }
+  void step() {
+    for (int i = 0; i < 8 && left_ > 0; ++i, left_ -= 64) {
+      __builtin_prefetch(from_[0], 0, 2);
+      __builtin_prefetch(from_[1], 0, 2);
+      from_[0] += 64;
+      from_[1] += 64;
+    }
+  }
+
+ private:
+  const std::byte* from_[2];
+  int64_t left_;
+};
+
 }  // namespace
 
 int64_t split_bytes(int64_t tokens, int64_t cols) {
@@ -341,10 +372,19 @@ void matmul_tiles(const MatmulJob& job, PanelRange panels, int64_t first, int64_
     const std::byte* panel = static_cast<const std::byte*>(w.data) + i * panel_bytes;
     const int64_t second =
         i + 1 < panels.end ? panel_bytes : 0;  // a lone panel is multiplied twice, stored once
+    const int64_t left = w.rows - i * packed::kRows;
+    const int64_t rows = left < (second == 0 ? 16 : 32) ? left : (second == 0 ? 16 : 32);
+    const auto write = [&](int64_t t) {
+      write_sums(sums + (t - first) / 32 * kSumBytes, last - t < 32 ? last - t : 32, rows,
+                 job.y + t * job.y_stride + i * packed::kRows, job.y_stride);
+    };
     for (int64_t k = 0; k < chunks; k += kDepthChunks) {
       const int64_t depth = chunks - k < kDepthChunks ? chunks - k : kDepthChunks;
+      const bool finished = k + depth == chunks;
       Operands o = weights_block(w, panel, second, k, depth, scratch);
+      Ahead ahead(panel, second, panel_bytes, k + depth, depth, chunks, i + kPanels < panels.end);
       for (int64_t t = first; t < last; t += 2 * kTileTokens) {
+        ahead.step();
         o.a[0] = split_from + (t / kTileTokens * chunks + k) * 2 * kTileBytes;
         o.a[1] = t + kTileTokens < last ? o.a[0] + chunks * 2 * kTileBytes : o.a[0];
         std::byte* to = sums + (t - first) / 32 * kSumBytes;
@@ -353,13 +393,10 @@ void matmul_tiles(const MatmulJob& job, PanelRange panels, int64_t first, int64_
         } else {
           multiply<true>(o, to, k > 0);
         }
+        // y of the tokens before: beside the products of these, and not right behind its own tile stores
+        if (finished && t > first) write(t - 32);
       }
-    }
-    const int64_t left = w.rows - i * packed::kRows;
-    const int64_t rows = second == 0 ? 16 : 32;
-    for (int64_t t = first; t < last; t += 32) {
-      write_sums(sums + (t - first) / 32 * kSumBytes, last - t < 32 ? last - t : 32,
-                 left < rows ? left : rows, job.y + t * job.y_stride + i * packed::kRows, job.y_stride);
+      if (finished) write((last - 1 - first) / 32 * 32 + first);
     }
   }
   _tile_release();

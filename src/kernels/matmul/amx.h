@@ -20,12 +20,13 @@ inline constexpr int64_t kBlockTokens = 256;
 // Bytes of the terms of `tokens` rows: [token tiles][chunks of 32 columns][high, low][16][32] bfloat16.
 int64_t split_bytes(int64_t tokens, int64_t cols);
 // The terms of token tile `tile`, at its place in `split`; tokens and columns that are not there become 0.
-void split_activations(const float* x, int64_t x_stride, int64_t tokens, int64_t cols, int64_t tile,
-                       std::byte* split);
+// x_rows as in MatmulJob.
+void split_activations(const float* x, int64_t x_stride, const int32_t* x_rows, int64_t tokens, int64_t cols,
+                       int64_t tile, std::byte* split);
 
 // y for panels [begin, end) and tokens [first, last) of a job (first a multiple of kTileTokens); `scratch`
-// holds scratch_bytes(), 64-byte aligned.
-void matmul_tiles(const MatmulJob& job, PanelRange panels, int64_t first, int64_t last,
+// holds scratch_bytes(), 64-byte aligned. `stream`: y is written past the caches where its rows are aligned.
+void matmul_tiles(const MatmulJob& job, PanelRange panels, int64_t first, int64_t last, bool stream,
                   const std::byte* split, std::byte* scratch);
 int64_t scratch_bytes();
 

@@ -28,13 +28,16 @@ inline constexpr int kC = kKdaChunk;
 inline constexpr int kPanel = 2 * kLanes;
 inline constexpr int kRows = kRegisters == 32 ? 8 : 4;  // rows of a register tile: kRows x 2 accumulators
 static_assert(kPanel <= kKdaMaxPanel);
+// Floats between rows of operands: a constant, so that the 8 rows of a tile need one pointer and no more
+// registers, and an odd number of lines, so that rows spread over the sets of L1.
+inline constexpr int kStride = kKdaOperandStride;
 
 // What one thread needs for one (sequence, head): kda_scratch_floats().
 struct Chunk {
   int padded;     // K rounded up to 16
   float* panels;  // the state, see above
-  float* keys;    // [C][padded] keys decayed up to the newest row
-  float* x;       // [2 C][padded] k D, then q D
+  float* keys;    // [C][kStride] keys decayed up to the newest row
+  float* x;       // [2 C][kStride] k D, then q D
   float* total;   // [padded] D of the newest row
   float* decay;   // [padded] e^g of one row
   float* query;   // [padded] q of one row
@@ -49,8 +52,8 @@ Chunk make_chunk(float* scratch, int padded, int panels) {
   c.padded = padded;
   c.panels = scratch;
   c.keys = c.panels + static_cast<int64_t>(panels) * padded * kPanel;
-  c.x = c.keys + kC * padded;
-  c.total = c.x + 2 * kC * padded;
+  c.x = c.keys + kC * kStride;
+  c.total = c.x + 2 * kC * kStride;
   c.decay = c.total + padded;
   c.query = c.decay + padded;
   c.lower = c.query + padded;
@@ -64,8 +67,8 @@ Chunk make_chunk(float* scratch, int padded, int panels) {
 // j + 3 that are no earlier rows become zero.
 template <int R>
 KILIN_INLINE void intra_block(const Chunk& c, int i, int j) {
-  const float* key = c.keys + i * c.padded;
-  float* earlier = c.keys + j * c.padded;
+  const float* key = c.keys + i * kStride;
+  float* earlier = c.keys + j * kStride;
   Vec l[4] = {};
   Vec p[4] = {};
   for (int d = 0; d < c.padded; d += kLanes) {
@@ -73,8 +76,8 @@ KILIN_INLINE void intra_block(const Chunk& c, int i, int j) {
     const Vec k = load(key + d);
     const Vec q = load(c.query + d);
     for (int r = 0; r < R; ++r) {
-      const Vec decayed = load(earlier + r * c.padded + d) * decay;
-      store(earlier + r * c.padded + d, decayed);
+      const Vec decayed = load(earlier + r * kStride + d) * decay;
+      store(earlier + r * kStride + d, decayed);
       l[r] += decayed * k;
       p[r] += decayed * q;
     }
@@ -96,23 +99,23 @@ KILIN_INLINE void intra_row(const Chunk& c, int i) {
 
 // Reads row i of the chunk and makes everything of it that does not depend on the state.
 KILIN_INLINE void add_row(const KdaParams& p, const Head& head, int64_t token, int i, const Chunk& c) {
-  float* key = c.keys + i * c.padded;
+  float* key = c.keys + i * kStride;
   const float k_dot_q = prepare_keys(p, head, token, c.query, key);
   prepare_decay(p, head, token, c.decay);
   c.beta[i] = prepare_beta(p, head.value_head, token);
   for (int d = 0; d < c.padded; d += kLanes) {
     const Vec total = i == 0 ? load(c.decay + d) : load(c.total + d) * load(c.decay + d);
     store(c.total + d, total);
-    store(c.x + i * c.padded + d, load(key + d) * total);
-    store(c.x + (kC + i) * c.padded + d, load(c.query + d) * total);
+    store(c.x + i * kStride + d, load(key + d) * total);
+    store(c.x + (kC + i) * kStride + d, load(c.query + d) * total);
   }
   intra_row(c, i);
   c.p[i * kC + i] = k_dot_q;
 }
 
-// Asks the second-level cache for the rows of the next chunk, a few lines beside each 16 steps of the products
-// with the state: as one burst they fill the queue of outstanding misses and everything waits. The rows of
-// one head lie a whole token apart (4 KB for 8 heads of 128), which no hardware prefetcher follows.
+// Asks the second-level cache for the rows of the next chunk, a few lines beside each 16 steps of the
+// products with the state: as one burst they fill the queue of outstanding misses and everything waits. The
+// rows of one head lie a whole token apart (4 KB for 8 heads of 128), which no hardware prefetcher follows.
 class Ahead {
  public:
   Ahead(const KdaParams& p, const Head& head, const KdaTask& task, int64_t token, int64_t end)
@@ -144,13 +147,13 @@ class Ahead {
 };
 
 // acc[r][0, 1] += sum_k x[r][k] s[k][0, 1]
-KILIN_INLINE void multiply_tile(Vec (&acc)[kRows][2], const float* x, int64_t x_stride, const float* s,
-                                int begin, int end) {
+template <int kXStride>
+KILIN_INLINE void multiply_tile(Vec (&acc)[kRows][2], const float* x, const float* s, int begin, int end) {
   for (int k = begin; k < end; ++k) {
     const Vec s0 = load(s + k * kPanel);
     const Vec s1 = load(s + k * kPanel + kLanes);
     for (int r = 0; r < kRows; ++r) {
-      const Vec factor = splat(x[r * x_stride + k]);
+      const Vec factor = splat(x[r * kXStride + k]);
       acc[r][0] += factor * s0;
       acc[r][1] += factor * s1;
     }
@@ -158,11 +161,11 @@ KILIN_INLINE void multiply_tile(Vec (&acc)[kRows][2], const float* x, int64_t x_
 }
 
 // The same over all channels of the state
-KILIN_INLINE void multiply_state(Vec (&acc)[kRows][2], const KdaParams& p, const float* x, int64_t x_stride,
-                                 const float* s, Ahead& ahead) {
+KILIN_INLINE void multiply_state(Vec (&acc)[kRows][2], const KdaParams& p, const float* x, const float* s,
+                                 Ahead& ahead) {
   for (int k = 0; k < p.key_dim; k += 16) {
     ahead.line(p, k);
-    multiply_tile(acc, x, x_stride, s, k, k + 16 < p.key_dim ? k + 16 : p.key_dim);
+    multiply_tile<kStride>(acc, x, s, k, k + 16 < p.key_dim ? k + 16 : p.key_dim);
   }
   ahead.next();
 }
@@ -204,7 +207,7 @@ void right_side(const KdaParams& p, const Chunk& c, const float* s, const float*
                 Ahead& ahead) {
   for (int i = 0; i < kC; i += kRows) {
     Vec acc[kRows][2] = {};
-    if (i < n) multiply_state(acc, p, c.x + i * c.padded, c.padded, s, ahead);
+    if (i < n) multiply_state(acc, p, c.x + i * kStride, s, ahead);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       Vec value[2] = {};
@@ -235,8 +238,8 @@ void answer(const KdaParams& p, const Chunk& c, const float* s, float* out, int 
             Ahead& ahead) {
   for (int i = 0; i < n; i += kRows) {
     Vec acc[kRows][2] = {};
-    multiply_state(acc, p, c.x + (kC + i) * c.padded, c.padded, s, ahead);
-    multiply_tile(acc, c.p + i * kC, kC, c.u, 0, i + kRows);
+    multiply_state(acc, p, c.x + (kC + i) * kStride, s, ahead);
+    multiply_tile<kC>(acc, c.p + i * kC, c.u, 0, i + kRows);
     if (stream && i + kRows <= n) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) stream_columns(out + (i + r) * p.out_stride, acc[r]);
@@ -262,7 +265,7 @@ void update(const KdaParams& p, const Chunk& c, float* s, int n) {
       const Vec u0 = load(c.u + j * kPanel);
       const Vec u1 = load(c.u + j * kPanel + kLanes);
       for (int r = 0; r < kRows; ++r) {
-        const Vec key = splat(c.keys[j * c.padded + k + r]);
+        const Vec key = splat(c.keys[j * kStride + k + r]);
         acc[r][0] += key * u0;
         acc[r][1] += key * u1;
       }
@@ -312,7 +315,7 @@ namespace {
 void chunk_head(const KdaParams& p, const Head& head, const KdaTask& task, int64_t token, int n,
                 const Chunk& c) {
   std::memset(c.lower, 0, sizeof(float) * 2 * kC * kC);
-  if (n < kC) std::memset(c.keys, 0, sizeof(float) * 3 * kC * static_cast<unsigned>(c.padded));
+  if (n < kC) std::memset(c.keys, 0, sizeof(float) * 3 * kC * kStride);
   const int64_t end = p.cu_seqlens[task.sequence + 1];
   for (int i = 0; i < n; ++i) add_row(p, head, token + i, i, c);
   Ahead ahead(p, head, task, token + kC, end);

@@ -281,7 +281,7 @@ void write_sums(const std::byte* sums, int64_t tokens, int64_t rows, bool stream
 }
 
 constexpr int64_t kWideBytes = kPanels * 2 * kDepthChunks * kTileBytes;
-constexpr int64_t kSumsBytes = kBlockTokens / 32 * kSumBytes;
+constexpr int64_t kSumsBytes = kMostBlockTokens / 32 * kSumBytes;
 
 // Operands of B for one block of depth: the weights themselves, or their terms in `wide`.
 Operands weights_block(const WeightMatrix& w, const std::byte* panel, int64_t second, int64_t chunk,

@@ -14,8 +14,13 @@ namespace kilin::amx {
 // Tokens of an A tile, and columns of a tile of A or B.
 inline constexpr int64_t kTileTokens = 16;
 inline constexpr int64_t kTileColumns = 32;
-// Tokens of one piece of work: their terms (4 bytes per value) stay in L2.
-inline constexpr int64_t kBlockTokens = 256;
+// Tokens of one piece of work: about 256, whose terms (4 bytes per value) stay in L2, in equal parts. Every
+// piece widens its weights anew, so that an expert with a few more must not make a second one.
+inline constexpr int64_t kMostBlockTokens = 384;
+constexpr int64_t block_tokens(int64_t tokens) {
+  const int64_t blocks = tokens < kMostBlockTokens ? 1 : (tokens + 128) / 256;
+  return ((tokens + blocks - 1) / blocks + 31) / 32 * 32;
+}
 
 // Bytes of the terms of `tokens` rows: [token tiles][chunks of 32 columns][high, low][16][32] bfloat16.
 int64_t split_bytes(int64_t tokens, int64_t cols);

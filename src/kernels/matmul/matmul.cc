@@ -181,7 +181,7 @@ void add_pieces(const MatmulJob& job, const Input* input, Form form, PieceSize& 
   const int64_t panels = (job.w.rows + kPanelRows - 1) / kPanelRows;
   int64_t block = job.tokens;
 #if defined(__x86_64__)
-  if (form == Form::kTiles) block = amx::kBlockTokens;
+  if (form == Form::kTiles) block = amx::block_tokens(job.tokens);
 #endif
   for (int64_t t = 0; t < job.tokens; t += block) {
     for (int64_t p = 0; p < panels;) {

@@ -304,8 +304,18 @@ Operands weights_block(const WeightMatrix& w, const std::byte* panel, int64_t se
   return o;
 }
 
+KILIN_INLINE void store_unit(std::byte* to, const VecHalfBits* unit, bool stream) {
+  __m512i v;
+  std::memcpy(&v, unit, 64);
+  if (stream) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v);
+  } else {
+    _mm512_storeu_si512(to, v);
+  }
+}
+
 // The terms of 32 columns of one token: a row of the high tile, and one of the low tile behind it.
-KILIN_INLINE void split_row(Vec first, Vec second, std::byte* to) {
+KILIN_INLINE void split_row(Vec first, Vec second, bool stream, std::byte* to) {
   const VecUint a = rounded(first) & 0xffff0000u;
   const VecUint b = rounded(second) & 0xffff0000u;
   const VecUint a_rest = rounded(first - reinterpret_cast<Vec>(a));
@@ -313,8 +323,8 @@ KILIN_INLINE void split_row(Vec first, Vec second, std::byte* to) {
   const VecHalfBits parts[4] = {
       __builtin_convertvector(a >> 16, VecHalfBits), __builtin_convertvector(b >> 16, VecHalfBits),
       __builtin_convertvector(a_rest >> 16, VecHalfBits), __builtin_convertvector(b_rest >> 16, VecHalfBits)};
-  std::memcpy(to, &parts[0], 64);
-  std::memcpy(to + kTileBytes, &parts[2], 64);
+  store_unit(to, &parts[0], stream);
+  store_unit(to + kTileBytes, &parts[2], stream);
 }
 
 // Asks the second-level cache for the weights of the next block of depth, a few lines beside the products of
@@ -356,7 +366,7 @@ int64_t split_bytes(int64_t tokens, int64_t cols) {
 }
 
 void split_activations(const float* x, int64_t x_stride, const int32_t* x_rows, int64_t tokens, int64_t cols,
-                       int64_t tile, std::byte* split_to) {
+                       int64_t tile, bool stream, std::byte* split_to) {
   const int64_t chunks = packed::columns(cols) / kTileColumns;
   std::byte* const to = split_to + tile * chunks * 2 * kTileBytes;
   // A token at a time: its row is one stream.
@@ -373,9 +383,10 @@ void split_activations(const float* x, int64_t x_stride, const int32_t* x_rows, 
         first = load_part(row + k * kTileColumns, static_cast<int>(left < 16 ? left : 16));
         if (left > 16) second = load_part(row + k * kTileColumns + 16, static_cast<int>(left - 16));
       }
-      split_row(first, second, to + k * 2 * kTileBytes + i * 64);
+      split_row(first, second, stream, to + k * 2 * kTileBytes + i * 64);
     }
   }
+  if (stream) _mm_sfence();
 }
 
 void matmul_tiles(const MatmulJob& job, PanelRange panels, int64_t first, int64_t last, bool stream,

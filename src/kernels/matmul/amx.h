@@ -25,9 +25,9 @@ constexpr int64_t block_tokens(int64_t tokens) {
 // Bytes of the terms of `tokens` rows: [token tiles][chunks of 32 columns][high, low][16][32] bfloat16.
 int64_t split_bytes(int64_t tokens, int64_t cols);
 // The terms of token tile `tile`, at its place in `split`; tokens and columns that are not there become 0.
-// x_rows as in MatmulJob.
+// x_rows as in MatmulJob. `stream`: written past the caches.
 void split_activations(const float* x, int64_t x_stride, const int32_t* x_rows, int64_t tokens, int64_t cols,
-                       int64_t tile, std::byte* split);
+                       int64_t tile, bool stream, std::byte* split);
 
 // y for panels [begin, end) and tokens [first, last) of a job (first a multiple of kTileTokens); `scratch`
 // holds scratch_bytes(), 64-byte aligned. `stream`: y is written past the caches where its rows are aligned.

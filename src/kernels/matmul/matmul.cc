@@ -22,8 +22,9 @@ namespace {
 constexpr int64_t kLeastPieceBytes = 64 * 1024;
 // Values of activations below which their preparation is not worth a parallel region.
 constexpr int64_t kSerialValues = 16 * 1024;
-// Bytes of results from which they are written past the caches: they would push each other out of the second
-// level, and a line that is not read before it is written costs half the traffic.
+// Bytes of results, or of prepared activations, from which they are written past the caches: they would push
+// each other out of the second level, and a line that is not read before it is written costs half the
+// traffic.
 constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
 // Panels of one piece of work by AMX.
 constexpr int64_t kTilePanels = 4;
@@ -109,12 +110,14 @@ void add_input(const MatmulJob& job, Form form, Plan& plan, size_t& bytes) {
   bytes += input_bytes(form, job.tokens, job.w.cols);
 }
 
-void prepare(const Input& in, int64_t task, std::byte* buffer) {
+void prepare(const Input& in, int64_t task, bool stream, std::byte* buffer) {
 #if defined(__x86_64__)
   if (in.form == Form::kTiles) {
-    return amx::split_activations(in.x, in.x_stride, in.x_rows, in.tokens, in.cols, task, buffer + in.offset);
+    return amx::split_activations(in.x, in.x_stride, in.x_rows, in.tokens, in.cols, task, stream,
+                                  buffer + in.offset);
   }
 #endif
+  (void)stream;
   const float* row = in.x + (in.x_rows != nullptr ? in.x_rows[task] : task) * in.x_stride;
   if (reads_x(in.form)) {
     const auto bytes = static_cast<size_t>(in.cols) * sizeof(float);
@@ -126,7 +129,7 @@ void prepare(const Input& in, int64_t task, std::byte* buffer) {
   KILIN_DISPATCH(quantize_activations)(row, in.cols, to);
 }
 
-void prepare_inputs(const Plan& plan, std::byte* buffer, ThreadPool& pool) {
+void prepare_inputs(const Plan& plan, bool stream, std::byte* buffer, ThreadPool& pool) {
   int64_t values = 0;
   int64_t tasks = 0;
   for (const Input& in : plan.inputs) {
@@ -135,7 +138,7 @@ void prepare_inputs(const Plan& plan, std::byte* buffer, ThreadPool& pool) {
   }
   if (values <= kSerialValues) {
     for (const Input& in : plan.inputs) {
-      for (int64_t i = 0; i < in.tasks; ++i) prepare(in, i, buffer);
+      for (int64_t i = 0; i < in.tasks; ++i) prepare(in, i, false, buffer);
     }
     return;
   }
@@ -146,7 +149,7 @@ void prepare_inputs(const Plan& plan, std::byte* buffer, ThreadPool& pool) {
   }
   pool.parallel_for(tasks, [&](int64_t i, int) {
     const auto& [in, task] = list[static_cast<size_t>(i)];
-    prepare(*in, task, buffer);
+    prepare(*in, task, stream, buffer);
   });
 }
 
@@ -242,7 +245,7 @@ void matmul(std::span<const MatmulJob> jobs, ThreadPool& pool) {
     }
     add_pieces(job, input, form, size, plan.pieces);
   }
-  prepare_inputs(plan, buffer, pool);
+  prepare_inputs(plan, static_cast<int64_t>(bytes) >= kStreamBytes, buffer, pool);
   pool.parallel_for(static_cast<int64_t>(plan.pieces.size()),
                     [&](int64_t i, int) { run_piece(plan.pieces[static_cast<size_t>(i)], buffer, stream); });
   plan_of_thread = std::move(plan);

@@ -246,6 +246,25 @@ TEST_P(Matmul, LargeResultsAreTheSameAlignedOrNot) {
   }
 }
 
+// 4.3 MB of prepared activations, which AMX writes past the caches, against halves that it keeps there.
+TEST_P(Matmul, LargeInputsEqualTheirHalves) {
+  Random random(12);
+  ThreadPool pool(2);
+  const int64_t rows = 32, cols = fit(1024), half = 528;
+  const StoredMatrix w(GetParam().dtype, rows, cols, random);
+  std::vector<float> x(static_cast<size_t>(2 * half * cols));
+  for (float& v : x) v = static_cast<float>(random.normal());
+  std::vector<float> y(static_cast<size_t>(2 * half * rows)), expected(y.size());
+  const MatmulJob job{2 * half, x.data(), cols, w.matrix, y.data(), rows};
+  matmul(std::span(&job, 1), pool);
+  for (int64_t i = 0; i < 2; ++i) {
+    const MatmulJob part{half,     x.data() + i * half * cols,        cols,
+                         w.matrix, expected.data() + i * half * rows, rows};
+    matmul(std::span(&part, 1), pool);
+  }
+  EXPECT_EQ(y, expected);
+}
+
 TEST_P(Matmul, RowsComeBackFromThePackedForm) {
   Random random(7);
   const StoredMatrix w(GetParam().dtype, 21, fit(77), random);

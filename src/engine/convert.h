@@ -50,7 +50,8 @@ ConvertReport random_gguf(const std::string& config_path, uint64_t seed, const s
                           const ConvertOptions& options);
 
 // A Hugging Face directory: config.json, safetensors (quantised weights become bfloat16), tokenizer files,
-// generation_config.json. `directory` is made; one that exists must be empty, unless options.overwrite.
+// generation_config.json. `directory` is made; one that exists must be empty, unless options.overwrite:
+// then it is exchanged for the new one once that is complete (output_directory.h).
 ConvertReport convert_to_hugging_face(const std::string& source, const std::string& directory,
                                       const ConvertOptions& options);
 

@@ -3,13 +3,12 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <system_error>
 
 #include "base/cpu.h"
 #include "base/error.h"
 #include "base/thread_pool.h"
 #include "engine/convert_source.h"
-#include "io/atomic_file.h"
+#include "engine/output_directory.h"
 #include "io/safetensors_writer.h"
 #include "model/gguf_config.h"
 #include "quant/formats.h"
@@ -24,59 +23,6 @@ namespace fs = std::filesystem;
 constexpr uint64_t kShardBytes = uint64_t{1} << 30;  // held in memory while it is written
 constexpr int64_t kPiece = 1 << 16;
 constexpr const char* kIndexFile = "model.safetensors.index.json";
-
-// The directory that is made: what was written disappears again unless commit() is reached.
-class OutputDirectory {
- public:
-  OutputDirectory(fs::path path, bool overwrite) : path_(std::move(path)) {
-    check(!path_.empty(), "(empty file name): expected a directory to write to");
-    const fs::file_status status = fs::status(path_);
-    if (!fs::exists(status)) {
-      std::error_code error;
-      created_ = fs::create_directory(path_, error);
-      check(created_, "{}: cannot make the directory: {}", path_.string(), error.message());
-      return;
-    }
-    check(fs::is_directory(status), "{}: is a file, expected a directory to write to", path_.string());
-    check(overwrite || fs::is_empty(path_), "{}: is not empty (--force overwrites the model in it)",
-          path_.string());
-    for (const fs::directory_entry& entry : fs::directory_iterator(path_)) {
-      if (is_model_file(entry.path().filename().string())) fs::remove(entry.path());
-    }
-  }
-  ~OutputDirectory() {
-    if (committed_) return;
-    std::error_code ignored;
-    for (const fs::path& file : files_) fs::remove(file, ignored);
-    if (created_) fs::remove(path_, ignored);
-  }
-  OutputDirectory(const OutputDirectory&) = delete;
-  OutputDirectory& operator=(const OutputDirectory&) = delete;
-
-  std::string add(const std::string& name) {
-    files_.push_back(path_ / name);
-    return files_.back().string();
-  }
-  void write(const std::string& name, std::string_view text) {
-    io::AtomicFile file(add(name));
-    file.write(text);
-    file.commit();
-  }
-  void commit() { committed_ = true; }
-
- private:
-  // What a reader of the directory would take for a part of the model.
-  static bool is_model_file(const std::string& name) {
-    return name.ends_with(".safetensors") || name == kIndexFile || name == "config.json" ||
-           name == "generation_config.json" || name == "tokenizer.json" || name == "tokenizer_config.json" ||
-           name == "special_tokens_map.json" || name == "tiktoken.model" || name == "chat_template.jinja";
-  }
-
-  fs::path path_;
-  std::vector<fs::path> files_;
-  bool created_ = false;
-  bool committed_ = false;
-};
 
 // GGUF has vectors, convolutions and the router as float32. Where every value is a bfloat16 they were stored
 // so, and become so again; the parameters that checkpoints have as float32 stay float32.

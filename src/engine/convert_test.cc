@@ -338,6 +338,60 @@ TEST(Convert, ProgressReachesTheEnd) {
   EXPECT_GT(all, 12000000);
 }
 
+std::string contents(const fs::path& path) {
+  std::ifstream in(path, std::ios::binary);
+  return std::string(std::istreambuf_iterator<char>(in), {});
+}
+
+// Name and contents of each file
+std::map<std::string, std::string> files_of(const fs::path& directory) {
+  std::map<std::string, std::string> files;
+  for (const fs::directory_entry& entry : fs::directory_iterator(directory))
+    files[entry.path().filename().string()] = contents(entry.path());
+  return files;
+}
+
+TEST(Convert, OldModelStaysUntilTheNewOneIsComplete) {
+  const io::TemporaryDirectory directory;
+  const std::string gguf = directory.path() + "/docs.gguf";
+  const fs::path parent = directory.path() + "/models";
+  const fs::path target = parent / "docs";
+  fs::create_directory(parent);
+  convert_to_gguf(kDocs, gguf, of_type(WeightType::kAuto));
+  convert_to_hugging_face(gguf, target, of_type(WeightType::kF32));
+  std::ofstream(target / "model-00007-of-00009.safetensors") << "left by an older model";
+  std::ofstream(target / "notes.txt") << "mine";
+  const auto before = files_of(target);
+
+  ConvertOptions options = of_type(WeightType::kBF16);
+  EXPECT_NE(error_of([&] { convert_to_hugging_face(gguf, target, options); }).find("--force"),
+            std::string::npos);
+  EXPECT_EQ(files_of(target), before);
+  options.overwrite = true;
+  options.progress = [&](int64_t done, int64_t total) {
+    EXPECT_EQ(files_of(target), before);
+    return done < total / 2;
+  };
+  EXPECT_TRUE(convert_to_hugging_face(gguf, target, options).cancelled);
+  options.progress = [](int64_t, int64_t) -> bool { fail("stop"); };
+  EXPECT_EQ(error_of([&] { convert_to_hugging_face(gguf, target, options); }), "stop");
+  EXPECT_EQ(files_of(target), before);
+  EXPECT_EQ(std::distance(fs::directory_iterator(parent), {}), 1) << "something was left beside it";
+
+  // through a link, which stays one
+  fs::create_directory_symlink(target, directory.path() + "/link");
+  options.progress = nullptr;
+  convert_to_hugging_face(gguf, directory.path() + "/link", options);
+  EXPECT_TRUE(fs::is_symlink(directory.path() + "/link"));
+  EXPECT_EQ(std::distance(fs::directory_iterator(parent), {}), 1);
+  auto after = files_of(target);
+  EXPECT_EQ(after["notes.txt"], "mine");
+  after.erase("notes.txt");
+  const fs::path fresh = directory.path() + "/fresh";
+  convert_to_hugging_face(gguf, fresh, of_type(WeightType::kBF16));
+  EXPECT_EQ(after, files_of(fresh));
+}
+
 TEST(Convert, RandomFilesAreTheSameForTheSameSeed) {
   const io::TemporaryDirectory directory;
   const auto bytes_with = [&](uint64_t seed, int threads) {

@@ -213,7 +213,12 @@ EngineTensor EngineOps::moe(const Tensor& x, const MoeWeights<Weight>& w, int la
   router.activation = c.sigmoid_router ? RouterActivation::kSigmoid : RouterActivation::kSoftmax;
   expert_ids_.resize(static_cast<size_t>(x.rows * c.top_k));
   expert_weights_.resize(expert_ids_.size());
-  route(router, x.rows, logits.data, w.router_bias.vector, expert_ids_.data(), expert_weights_.data());
+  constexpr int64_t kRows = 64;  // of one task
+  pool_.parallel_for((x.rows + kRows - 1) / kRows, [&](int64_t i, int) {
+    const int64_t first = i * kRows;
+    route(router, std::min(kRows, x.rows - first), logits.data + first * logits.width, w.router_bias.vector,
+          expert_ids_.data() + first * c.top_k, expert_weights_.data() + first * c.top_k);
+  });
   Tensor y = tensor(x.rows, x.width);
   const auto& shared = model_.shared(layer);
   moe_experts(x.rows, x.width, router.top_k, x.data, expert_ids_.data(), expert_weights_.data(),

@@ -13,7 +13,7 @@
 
 namespace kilin {
 
-LoadedModel LoadedModel::random(Config config, uint64_t seed, StoredValues values) {
+LoadedModel LoadedModel::random(Config config, uint64_t seed, StoredValues values, int threads) {
   const double memory =
       static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
   const auto check_fits = [&](double parameters) {
@@ -34,7 +34,7 @@ LoadedModel LoadedModel::random(Config config, uint64_t seed, StoredValues value
     stored.push_back(std::make_unique_for_overwrite<BFloat16[]>(static_cast<size_t>(element_count(p.shape))));
     model.table_.push_back({p, p.name, {Dtype::kBF16, p.shape, stored.back().get()}});
   });
-  ThreadPool pool(physical_cores());
+  ThreadPool pool(threads > 0 ? threads : physical_cores());
   pool.parallel_for(static_cast<int64_t>(model.table_.size()), [&](int64_t i, int) {
     const Parameter& p = model.table_[static_cast<size_t>(i)].parameter;
     constexpr int64_t kPart = 4096;

@@ -193,7 +193,7 @@ void LoadedModel::collect_experts() {
   }
 }
 
-LoadedModel LoadedModel::load(Config config, io::Checkpoint checkpoint) {
+LoadedModel LoadedModel::load(Config config, io::Checkpoint checkpoint, int threads) {
   // The table of weights is sized by the configuration, so that has to be plausible first. A checkpoint that
   // merely lacks tensors gets the clearer message below.
   const double least_bytes = config.least_parameters() / 2;  // four bits each
@@ -217,7 +217,7 @@ LoadedModel LoadedModel::load(Config config, io::Checkpoint checkpoint) {
     }
   });
   check_all_used(checkpoint, used);
-  ThreadPool pool(physical_cores());
+  ThreadPool pool(threads > 0 ? threads : physical_cores());
   model.packed_.pack(pool);
   checkpoint.advise(io::Access::kDontNeed);  // what is needed further is read anew from the system's cache
   model.collect_experts();

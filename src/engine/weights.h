@@ -53,10 +53,11 @@ enum class StoredValues { kDrop, kKeep };
 class LoadedModel {
  public:
   // Finds every parameter in the checkpoint, checks shapes and types, and refuses tensors that no parameter
-  // uses.
-  static LoadedModel load(Config config, io::Checkpoint checkpoint);
+  // uses. Packs with `threads` threads, 0: the physical cores.
+  static LoadedModel load(Config config, io::Checkpoint checkpoint, int threads = 0);
   // bfloat16 values of random_values(). Without kKeep, views in table() but the embedding's have no data.
-  static LoadedModel random(Config config, uint64_t seed, StoredValues values = StoredValues::kDrop);
+  static LoadedModel random(Config config, uint64_t seed, StoredValues values = StoredValues::kDrop,
+                            int threads = 0);
 
   const Config& config() const { return config_; }
   const ModelWeights<Weight>& weights() const { return weights_; }

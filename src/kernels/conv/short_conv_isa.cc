@@ -6,8 +6,13 @@
 namespace kilin::KILIN_ISA {
 namespace {
 
-// One vector of channels walks down the tokens with the last kTaps - 1 inputs in registers, so that y may be
-// u.
+// Tokens and channels of one block: their lines stay in L1, and the rows of a block are runs of 1 KB, where a
+// single vector of channels walking down all tokens would touch a page per line.
+constexpr int64_t kBlockTokens = 8;
+constexpr int64_t kBlockChannels = 256;
+
+// kBlockTokens (or fewer) tokens of one vector of channels, with the last kTaps - 1 inputs in registers, so
+// that y may be u.
 template <int kTaps>
 KILIN_INLINE void conv_column(const ShortConvParams& p, int64_t c, int n, int64_t first, int64_t last,
                               float* state) {
@@ -29,12 +34,20 @@ KILIN_INLINE void conv_column(const ShortConvParams& p, int64_t c, int n, int64_
 
 template <int kTaps>
 void conv_slice(const ShortConvParams& p, int sequence, int64_t begin, int64_t end) {
-  const int64_t first = p.cu_seqlens[sequence];
   const int64_t last = p.cu_seqlens[sequence + 1];
   float* state = p.state + p.slots[sequence] * p.slot_stride;
-  int64_t c = begin;
-  for (; c + kLanes <= end; c += kLanes) conv_column<kTaps>(p, c, kLanes, first, last, state);
-  if (c < end) conv_column<kTaps>(p, c, static_cast<int>(end - c), first, last, state);
+  for (int64_t from = begin; from < end; from += kBlockChannels) {
+    const int64_t to = from + kBlockChannels < end ? from + kBlockChannels : end;
+    for (int64_t t = p.cu_seqlens[sequence]; t < last; t += kBlockTokens) {
+      const int64_t stop = t + kBlockTokens < last ? t + kBlockTokens : last;
+      for (int64_t ahead = stop; ahead < stop + kBlockTokens && ahead < last; ++ahead) {
+        for (int64_t c = from; c < to; c += 16) __builtin_prefetch(p.u + ahead * p.u_stride + c, 0, 2);
+      }
+      int64_t c = from;
+      for (; c + kLanes <= to; c += kLanes) conv_column<kTaps>(p, c, kLanes, t, stop, state);
+      if (c < to) conv_column<kTaps>(p, c, static_cast<int>(to - c), t, stop, state);
+    }
+  }
 }
 
 }  // namespace

@@ -28,13 +28,16 @@ inline constexpr int kC = kKdaChunk;
 inline constexpr int kPanel = 2 * kLanes;
 inline constexpr int kRows = kRegisters == 32 ? 8 : 4;  // rows of a register tile: kRows x 2 accumulators
 static_assert(kPanel <= kKdaMaxPanel);
+// Floats between rows of operands: a constant, so that the 8 rows of a tile need one pointer and no more
+// registers, and an odd number of lines, so that rows spread over the sets of L1.
+inline constexpr int kStride = kKdaOperandStride;
 
 // What one thread needs for one (sequence, head): kda_scratch_floats().
 struct Chunk {
   int padded;     // K rounded up to 16
   float* panels;  // the state, see above
-  float* keys;    // [C][padded] keys decayed up to the newest row
-  float* x;       // [2 C][padded] k D, then q D
+  float* keys;    // [C][kStride] keys decayed up to the newest row
+  float* x;       // [2 C][kStride] k D, then q D
   float* total;   // [padded] D of the newest row
   float* decay;   // [padded] e^g of one row
   float* query;   // [padded] q of one row
@@ -49,8 +52,8 @@ Chunk make_chunk(float* scratch, int padded, int panels) {
   c.padded = padded;
   c.panels = scratch;
   c.keys = c.panels + static_cast<int64_t>(panels) * padded * kPanel;
-  c.x = c.keys + kC * padded;
-  c.total = c.x + 2 * kC * padded;
+  c.x = c.keys + kC * kStride;
+  c.total = c.x + 2 * kC * kStride;
   c.decay = c.total + padded;
   c.query = c.decay + padded;
   c.lower = c.query + padded;
@@ -64,8 +67,8 @@ Chunk make_chunk(float* scratch, int padded, int panels) {
 // j + 3 that are no earlier rows become zero.
 template <int R>
 KILIN_INLINE void intra_block(const Chunk& c, int i, int j) {
-  const float* key = c.keys + i * c.padded;
-  float* earlier = c.keys + j * c.padded;
+  const float* key = c.keys + i * kStride;
+  float* earlier = c.keys + j * kStride;
   Vec l[4] = {};
   Vec p[4] = {};
   for (int d = 0; d < c.padded; d += kLanes) {
@@ -73,8 +76,8 @@ KILIN_INLINE void intra_block(const Chunk& c, int i, int j) {
     const Vec k = load(key + d);
     const Vec q = load(c.query + d);
     for (int r = 0; r < R; ++r) {
-      const Vec decayed = load(earlier + r * c.padded + d) * decay;
-      store(earlier + r * c.padded + d, decayed);
+      const Vec decayed = load(earlier + r * kStride + d) * decay;
+      store(earlier + r * kStride + d, decayed);
       l[r] += decayed * k;
       p[r] += decayed * q;
     }
@@ -96,32 +99,75 @@ KILIN_INLINE void intra_row(const Chunk& c, int i) {
 
 // Reads row i of the chunk and makes everything of it that does not depend on the state.
 KILIN_INLINE void add_row(const KdaParams& p, const Head& head, int64_t token, int i, const Chunk& c) {
-  float* key = c.keys + i * c.padded;
+  float* key = c.keys + i * kStride;
   const float k_dot_q = prepare_keys(p, head, token, c.query, key);
   prepare_decay(p, head, token, c.decay);
   c.beta[i] = prepare_beta(p, head.value_head, token);
   for (int d = 0; d < c.padded; d += kLanes) {
     const Vec total = i == 0 ? load(c.decay + d) : load(c.total + d) * load(c.decay + d);
     store(c.total + d, total);
-    store(c.x + i * c.padded + d, load(key + d) * total);
-    store(c.x + (kC + i) * c.padded + d, load(c.query + d) * total);
+    store(c.x + i * kStride + d, load(key + d) * total);
+    store(c.x + (kC + i) * kStride + d, load(c.query + d) * total);
   }
   intra_row(c, i);
   c.p[i * kC + i] = k_dot_q;
 }
 
+// Asks the second-level cache for the rows of the next chunk, a few lines beside each 16 steps of the
+// products with the state: as one burst they fill the queue of outstanding misses and everything waits. The
+// rows of one head lie a whole token apart (4 KB for 8 heads of 128), which no hardware prefetcher follows.
+class Ahead {
+ public:
+  Ahead(const KdaParams& p, const Head& head, const KdaTask& task, int64_t token, int64_t end)
+      : token_(token), end_(end < token + kC ? end : token + kC) {
+    const int panels = (task.value_end - task.value_begin + kPanel - 1) / kPanel;
+    const int products = panels * 2 * (kC / kRows);
+    rows_ = products >= kC ? 1 : (kC + products - 1) / products;
+    q_ = head.q;
+    k_ = head.k;
+    gate_ = p.scalar_gate ? nullptr : head.gate;
+    v_ = p.v + static_cast<int64_t>(head.value_head) * p.value_dim + task.value_begin;
+    values_ = task.value_end - task.value_begin;
+  }
+  // Line `column` of the rows that belong to the current product
+  void line(const KdaParams& p, int column) const {
+    for (int64_t t = token_; t < token_ + rows_ && t < end_; ++t) {
+      __builtin_prefetch(q_ + t * p.q_stride + column, 0, 2);
+      __builtin_prefetch(k_ + t * p.k_stride + column, 0, 2);
+      if (gate_ != nullptr) __builtin_prefetch(gate_ + t * p.gate_stride + column, 0, 2);
+      if (column < values_) __builtin_prefetch(v_ + t * p.v_stride + column, 0, 2);
+    }
+  }
+  void next() { token_ += rows_; }
+
+ private:
+  int64_t token_, end_;
+  int rows_, values_;
+  const float *q_, *k_, *gate_, *v_;
+};
+
 // acc[r][0, 1] += sum_k x[r][k] s[k][0, 1]
-KILIN_INLINE void multiply_tile(Vec (&acc)[kRows][2], const float* x, int64_t x_stride, const float* s,
-                                int depth) {
-  for (int k = 0; k < depth; ++k) {
+template <int kXStride>
+KILIN_INLINE void multiply_tile(Vec (&acc)[kRows][2], const float* x, const float* s, int begin, int end) {
+  for (int k = begin; k < end; ++k) {
     const Vec s0 = load(s + k * kPanel);
     const Vec s1 = load(s + k * kPanel + kLanes);
     for (int r = 0; r < kRows; ++r) {
-      const Vec factor = splat(x[r * x_stride + k]);
+      const Vec factor = splat(x[r * kXStride + k]);
       acc[r][0] += factor * s0;
       acc[r][1] += factor * s1;
     }
   }
+}
+
+// The same over all channels of the state
+KILIN_INLINE void multiply_state(Vec (&acc)[kRows][2], const KdaParams& p, const float* x, const float* s,
+                                 Ahead& ahead) {
+  for (int k = 0; k < p.key_dim; k += 16) {
+    ahead.line(p, k);
+    multiply_tile<kStride>(acc, x, s, k, k + 16 < p.key_dim ? k + 16 : p.key_dim);
+  }
+  ahead.next();
 }
 
 // The first `width` (1 to kPanel) columns of a panel's row
@@ -145,11 +191,23 @@ KILIN_INLINE void store_columns(float* row, int width, const Vec (&value)[2]) {
   if (width > kLanes) store_part(row + kLanes, value[1], width - kLanes);
 }
 
+// Whole lines that nothing reads soon go past the caches: they need not be read before they are written.
+KILIN_INLINE void stream_columns(float* row, const Vec (&value)[2]) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(row, reinterpret_cast<__m512>(value[0]));
+  _mm512_stream_ps(row + kLanes, reinterpret_cast<__m512>(value[1]));
+#else
+  store(row, value[0]);
+  store(row + kLanes, value[1]);
+#endif
+}
+
 // u = beta (v - x S^T) for the rows [0, n) of a panel, zeros below; v has `width` columns.
-void right_side(const KdaParams& p, const Chunk& c, const float* s, const float* v, int n, int width) {
+void right_side(const KdaParams& p, const Chunk& c, const float* s, const float* v, int n, int width,
+                Ahead& ahead) {
   for (int i = 0; i < kC; i += kRows) {
     Vec acc[kRows][2] = {};
-    if (i < n) multiply_tile(acc, c.x + i * c.padded, c.padded, s, p.key_dim);
+    if (i < n) multiply_state(acc, p, c.x + i * kStride, s, ahead);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       Vec value[2] = {};
@@ -176,11 +234,17 @@ void substitute(const Chunk& c) {
 }
 
 // out = (q D) S^T + P U for the rows [0, n) and `width` columns of a panel
-void answer(const KdaParams& p, const Chunk& c, const float* s, float* out, int n, int width) {
+void answer(const KdaParams& p, const Chunk& c, const float* s, float* out, int n, int width, bool stream,
+            Ahead& ahead) {
   for (int i = 0; i < n; i += kRows) {
     Vec acc[kRows][2] = {};
-    multiply_tile(acc, c.x + (kC + i) * c.padded, c.padded, s, p.key_dim);
-    multiply_tile(acc, c.p + i * kC, kC, c.u, i + kRows);
+    multiply_state(acc, p, c.x + (kC + i) * kStride, s, ahead);
+    multiply_tile<kC>(acc, c.p + i * kC, c.u, 0, i + kRows);
+    if (stream && i + kRows <= n) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) stream_columns(out + (i + r) * p.out_stride, acc[r]);
+      continue;
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       if (i + r < n) store_columns(out + (i + r) * p.out_stride, width, acc[r]);
@@ -201,7 +265,7 @@ void update(const KdaParams& p, const Chunk& c, float* s, int n) {
       const Vec u0 = load(c.u + j * kPanel);
       const Vec u1 = load(c.u + j * kPanel + kLanes);
       for (int r = 0; r < kRows; ++r) {
-        const Vec key = splat(c.keys[j * c.padded + k + r]);
+        const Vec key = splat(c.keys[j * kStride + k + r]);
         acc[r][0] += key * u0;
         acc[r][1] += key * u1;
       }
@@ -251,20 +315,22 @@ namespace {
 void chunk_head(const KdaParams& p, const Head& head, const KdaTask& task, int64_t token, int n,
                 const Chunk& c) {
   std::memset(c.lower, 0, sizeof(float) * 2 * kC * kC);
-  if (n < kC) std::memset(c.keys, 0, sizeof(float) * 3 * kC * static_cast<unsigned>(c.padded));
+  if (n < kC) std::memset(c.keys, 0, sizeof(float) * 3 * kC * kStride);
   const int64_t end = p.cu_seqlens[task.sequence + 1];
-  for (int i = 0; i < n; ++i) {
-    if (token + kC + i < end) prefetch_row(p, head, task.value_begin, task.value_end, token + kC + i);
-    add_row(p, head, token + i, i, c);
-  }
+  for (int i = 0; i < n; ++i) add_row(p, head, token + i, i, c);
+  Ahead ahead(p, head, task, token + kC, end);
   const int values = task.value_end - task.value_begin;
+  // 4 MB of results do not stay in a second-level cache until they are read
+  const bool large = (end - p.cu_seqlens[task.sequence]) * p.value_heads * p.value_dim >= 1024 * 1024;
+  const bool aligned = reinterpret_cast<uintptr_t>(p.out) % 64 == 0 && p.out_stride % 16 == 0;
   const int64_t column = static_cast<int64_t>(head.value_head) * p.value_dim + task.value_begin;
   float* s = c.panels;
   for (int first = 0; first < values; first += kPanel, s += static_cast<int64_t>(c.padded) * kPanel) {
     const int width = values - first < kPanel ? values - first : kPanel;
-    right_side(p, c, s, p.v + token * p.v_stride + column + first, n, width);
+    right_side(p, c, s, p.v + token * p.v_stride + column + first, n, width, ahead);
     substitute(c);
-    answer(p, c, s, p.out + token * p.out_stride + column + first, n, width);
+    const bool stream = large && aligned && width == kPanel && (column + first) % 16 == 0;
+    answer(p, c, s, p.out + token * p.out_stride + column + first, n, width, stream, ahead);
     update(p, c, s, n);
   }
 }
@@ -302,6 +368,9 @@ void kda_chunk_task(const KdaParams& p, const KdaTask& task, float* scratch) {
     for (int g = 0; g < task.head_count; ++g) chunk_head(p, heads[g], task, t, n, chunks[g]);
   }
   each_panel([&](float* state, int width, float* panel) { store_panel(panel, p.key_dim, width, state); });
+#if defined(__AVX512F__)
+  _mm_sfence();  // streamed results, before another thread is told that they are there
+#endif
 }
 
 }  // namespace kilin::KILIN_ISA

@@ -67,8 +67,8 @@ struct KdaCudaParams {
 
   CudaStates initial;  // data null: zeros
   CudaStates final;    // data null: not written; may be the same pool as initial
-  // Optional: the state before every chunk of kKdaCudaChunk tokens, [chunks][HV][V][K] in chunk_state_type, the
-  // chunks of sequence 0 first, then those of sequence 1 ...
+  // Optional: the state before every chunk of kKdaCudaChunk tokens, [chunks][HV][V][K] in chunk_state_type,
+  // the chunks of sequence 0 first, then those of sequence 1 ...
   void* chunk_states = nullptr;
   CudaType chunk_state_type = CudaType::kBf16;
 
@@ -91,6 +91,7 @@ void validate(const KdaCudaParams& params);
 size_t kda_chunk_cuda_workspace(const KdaCudaParams& params);
 
 // The chunked form. Throws Error when the arguments or the workspace do not fit, or when a launch fails.
-void kda_chunk_cuda(const KdaCudaParams& params, void* workspace, size_t workspace_bytes, CUstream_st* stream);
+void kda_chunk_cuda(const KdaCudaParams& params, void* workspace, size_t workspace_bytes,
+                    CUstream_st* stream);
 
 }  // namespace kilin

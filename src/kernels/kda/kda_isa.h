@@ -31,11 +31,12 @@ namespace kilin {
 
 // Enough for every instruction set (the widest panel is 32 values): struct Chunk in kda_chunk_isa.cc.
 inline constexpr int kKdaMaxPanel = 32;
+inline constexpr int kKdaOperandStride = 256 + 16;  // the widest key and a line
 static inline constexpr int64_t kda_round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 static inline constexpr int64_t kda_scratch_floats(int key_dim, int value_dim, int head_count) {
   const int64_t keys = kda_round_up(key_dim, 16);
   const int64_t values = kda_round_up(value_dim, kKdaMaxPanel);
-  return head_count * keys * values + (3 * kKdaChunk + 8) * keys +
+  return head_count * keys * values + 3 * kKdaChunk * kKdaOperandStride + 8 * keys +
          kKdaChunk * (2 * kKdaChunk + 1 + kKdaMaxPanel);
 }
 

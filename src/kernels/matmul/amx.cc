@@ -250,25 +250,38 @@ void multiply(const Operands& o, std::byte* sums, bool accumulate) {
   _tile_stored(3, sums + 3 * kTileBytes, 64);
 }
 
-// y of at most 32 tokens and 32 rows
-void write_sums(const std::byte* sums, int64_t tokens, int64_t rows, float* y, int64_t y_stride) {
+// y of at most 32 tokens and 32 rows. kStream: y is aligned to lines and written past the caches.
+template <bool kStream>
+KILIN_INLINE void write_rows(const std::byte* sums, int64_t tokens, int64_t rows, float* y,
+                             int64_t y_stride) {
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t panel = 0; panel * 16 < rows; ++panel) {
       const std::byte* from = sums + (t / 16 * 2 + panel) * kTileBytes + t % 16 * 64;
       float* to = y + t * y_stride + panel * 16;
       Vec sum;
       std::memcpy(&sum, from, sizeof sum);
-      if (rows - panel * 16 >= 16) {
-        store(to, sum);
-      } else {
+      if (rows - panel * 16 < 16) {
         store_part(to, sum, static_cast<int>(rows - panel * 16));
+      } else if constexpr (kStream) {
+        _mm512_stream_ps(to, reinterpret_cast<__m512>(sum));
+      } else {
+        store(to, sum);
       }
     }
   }
 }
 
+void write_sums(const std::byte* sums, int64_t tokens, int64_t rows, bool stream, float* y,
+                int64_t y_stride) {
+  if (stream) {
+    write_rows<true>(sums, tokens, rows, y, y_stride);
+  } else {
+    write_rows<false>(sums, tokens, rows, y, y_stride);
+  }
+}
+
 constexpr int64_t kWideBytes = kPanels * 2 * kDepthChunks * kTileBytes;
-constexpr int64_t kSumsBytes = kBlockTokens / 32 * kSumBytes;
+constexpr int64_t kSumsBytes = kMostBlockTokens / 32 * kSumBytes;
 
 // Operands of B for one block of depth: the weights themselves, or their terms in `wide`.
 Operands weights_block(const WeightMatrix& w, const std::byte* panel, int64_t second, int64_t chunk,
@@ -291,45 +304,92 @@ Operands weights_block(const WeightMatrix& w, const std::byte* panel, int64_t se
   return o;
 }
 
+KILIN_INLINE void store_unit(std::byte* to, const VecHalfBits* unit, bool stream) {
+  __m512i v;
+  std::memcpy(&v, unit, 64);
+  if (stream) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v);
+  } else {
+    _mm512_storeu_si512(to, v);
+  }
+}
+
+// The terms of 32 columns of one token: a row of the high tile, and one of the low tile behind it.
+KILIN_INLINE void split_row(Vec first, Vec second, bool stream, std::byte* to) {
+  const VecUint a = rounded(first) & 0xffff0000u;
+  const VecUint b = rounded(second) & 0xffff0000u;
+  const VecUint a_rest = rounded(first - reinterpret_cast<Vec>(a));
+  const VecUint b_rest = rounded(second - reinterpret_cast<Vec>(b));
+  const VecHalfBits parts[4] = {
+      __builtin_convertvector(a >> 16, VecHalfBits), __builtin_convertvector(b >> 16, VecHalfBits),
+      __builtin_convertvector(a_rest >> 16, VecHalfBits), __builtin_convertvector(b_rest >> 16, VecHalfBits)};
+  store_unit(to, &parts[0], stream);
+  store_unit(to + kTileBytes, &parts[2], stream);
+}
+
+// Asks the second-level cache for the weights of the next block of depth, a few lines beside the products of
+// every 32 tokens: they come from memory, and widening would wait for each of its streams anew.
+class Ahead {
+ public:
+  // The block from chunk `chunk` on; past the end of a panel the first block of the next pair, if there is
+  // one.
+  Ahead(const std::byte* panel, int64_t second, int64_t panel_bytes, int64_t chunk, int64_t depth,
+        int64_t chunks, bool more) {
+    const int64_t size = (panel_bytes * depth + chunks - 1) / chunks;
+    if (chunk < chunks) {
+      from_[0] = panel + panel_bytes * chunk / chunks;
+      from_[1] = from_[0] + second;
+    } else {
+      from_[0] = panel + kPanels * panel_bytes;
+      from_[1] = from_[0] + panel_bytes;
+    }
+    left_ = chunk < chunks || more ? size : 0;
+  }
+  void step() {
+    for (int i = 0; i < 8 && left_ > 0; ++i, left_ -= 64) {
+      __builtin_prefetch(from_[0], 0, 2);
+      __builtin_prefetch(from_[1], 0, 2);
+      from_[0] += 64;
+      from_[1] += 64;
+    }
+  }
+
+ private:
+  const std::byte* from_[2];
+  int64_t left_;
+};
+
 }  // namespace
 
 int64_t split_bytes(int64_t tokens, int64_t cols) {
   return packed::round_up(tokens, kTileTokens) * packed::columns(cols) * 4;
 }
 
-void split_activations(const float* x, int64_t x_stride, int64_t tokens, int64_t cols, int64_t tile,
-                       std::byte* split_to) {
+void split_activations(const float* x, int64_t x_stride, const int32_t* x_rows, int64_t tokens, int64_t cols,
+                       int64_t tile, bool stream, std::byte* split_to) {
   const int64_t chunks = packed::columns(cols) / kTileColumns;
-  std::byte* to = split_to + tile * chunks * 2 * kTileBytes;
-  for (int64_t k = 0; k < chunks; ++k, to += 2 * kTileBytes) {
-    for (int64_t i = 0; i < kTileTokens; ++i) {
-      const int64_t t = tile * kTileTokens + i;
+  std::byte* const to = split_to + tile * chunks * 2 * kTileBytes;
+  // A token at a time: its row is one stream.
+  for (int64_t i = 0; i < kTileTokens; ++i) {
+    const int64_t t = tile * kTileTokens + i;
+    const float* row = t < tokens ? x + (x_rows != nullptr ? x_rows[t] : t) * x_stride : nullptr;
+    for (int64_t k = 0; k < chunks; ++k) {
+      const int64_t left = row != nullptr ? cols - k * kTileColumns : 0;
       Vec first = zero(), second = zero();
-      if (t < tokens) {
-        const float* row = x + t * x_stride + k * kTileColumns;
-        const int64_t left = cols - k * kTileColumns;
-        first = left >= 16 ? load(row) : load_part(row, static_cast<int>(left));
-        if (left >= 32) {
-          second = load(row + 16);
-        } else if (left > 16) {
-          second = load_part(row + 16, static_cast<int>(left - 16));
-        }
+      if (left >= 32) {
+        first = load(row + k * kTileColumns);
+        second = load(row + k * kTileColumns + 16);
+      } else if (left > 0) {
+        first = load_part(row + k * kTileColumns, static_cast<int>(left < 16 ? left : 16));
+        if (left > 16) second = load_part(row + k * kTileColumns + 16, static_cast<int>(left - 16));
       }
-      const VecUint a = rounded(first) & 0xffff0000u;
-      const VecUint b = rounded(second) & 0xffff0000u;
-      const VecUint a_rest = rounded(first - reinterpret_cast<Vec>(a));
-      const VecUint b_rest = rounded(second - reinterpret_cast<Vec>(b));
-      const VecHalfBits parts[4] = {__builtin_convertvector(a >> 16, VecHalfBits),
-                                    __builtin_convertvector(b >> 16, VecHalfBits),
-                                    __builtin_convertvector(a_rest >> 16, VecHalfBits),
-                                    __builtin_convertvector(b_rest >> 16, VecHalfBits)};
-      std::memcpy(to + i * 64, &parts[0], 64);
-      std::memcpy(to + kTileBytes + i * 64, &parts[2], 64);
+      split_row(first, second, stream, to + k * 2 * kTileBytes + i * 64);
     }
   }
+  if (stream) _mm_sfence();
 }
 
-void matmul_tiles(const MatmulJob& job, PanelRange panels, int64_t first, int64_t last,
+void matmul_tiles(const MatmulJob& job, PanelRange panels, int64_t first, int64_t last, bool stream,
                   const std::byte* split_from, std::byte* scratch) {
   alignas(64) const TileConfig config;
   _tile_loadconfig(&config);
@@ -337,14 +397,24 @@ void matmul_tiles(const MatmulJob& job, PanelRange panels, int64_t first, int64_
   const int64_t chunks = packed::columns(w.cols) / kTileColumns;
   const int64_t panel_bytes = packed::panel_bytes(w.dtype, w.cols);
   std::byte* const sums = scratch + kWideBytes;
+  stream = stream && reinterpret_cast<uintptr_t>(job.y) % 64 == 0 && job.y_stride % 16 == 0;
   for (int64_t i = panels.begin; i < panels.end; i += kPanels) {
     const std::byte* panel = static_cast<const std::byte*>(w.data) + i * panel_bytes;
     const int64_t second =
         i + 1 < panels.end ? panel_bytes : 0;  // a lone panel is multiplied twice, stored once
+    const int64_t left = w.rows - i * packed::kRows;
+    const int64_t rows = left < (second == 0 ? 16 : 32) ? left : (second == 0 ? 16 : 32);
+    const auto write = [&](int64_t t) {
+      write_sums(sums + (t - first) / 32 * kSumBytes, last - t < 32 ? last - t : 32, rows, stream,
+                 job.y + t * job.y_stride + i * packed::kRows, job.y_stride);
+    };
     for (int64_t k = 0; k < chunks; k += kDepthChunks) {
       const int64_t depth = chunks - k < kDepthChunks ? chunks - k : kDepthChunks;
+      const bool finished = k + depth == chunks;
       Operands o = weights_block(w, panel, second, k, depth, scratch);
+      Ahead ahead(panel, second, panel_bytes, k + depth, depth, chunks, i + kPanels < panels.end);
       for (int64_t t = first; t < last; t += 2 * kTileTokens) {
+        ahead.step();
         o.a[0] = split_from + (t / kTileTokens * chunks + k) * 2 * kTileBytes;
         o.a[1] = t + kTileTokens < last ? o.a[0] + chunks * 2 * kTileBytes : o.a[0];
         std::byte* to = sums + (t - first) / 32 * kSumBytes;
@@ -353,16 +423,14 @@ void matmul_tiles(const MatmulJob& job, PanelRange panels, int64_t first, int64_
         } else {
           multiply<true>(o, to, k > 0);
         }
+        // y of the tokens before: beside the products of these, and not right behind its own tile stores
+        if (finished && t > first) write(t - 32);
       }
-    }
-    const int64_t left = w.rows - i * packed::kRows;
-    const int64_t rows = second == 0 ? 16 : 32;
-    for (int64_t t = first; t < last; t += 32) {
-      write_sums(sums + (t - first) / 32 * kSumBytes, last - t < 32 ? last - t : 32,
-                 left < rows ? left : rows, job.y + t * job.y_stride + i * packed::kRows, job.y_stride);
+      if (finished) write((last - 1 - first) / 32 * 32 + first);
     }
   }
   _tile_release();
+  if (stream) _mm_sfence();  // before another thread is told that y is there
 }
 
 int64_t scratch_bytes() { return kWideBytes + kSumsBytes; }

@@ -44,6 +44,8 @@ struct MatmulJob {
   WeightMatrix w;
   float* y = nullptr;  // [tokens][y_stride >= w.rows]
   int64_t y_stride = 0;
+  // [tokens] or null: token t reads row x_rows[t] of x (the tokens of an expert) instead of row t
+  const int32_t* x_rows = nullptr;
 };
 
 // All jobs in one parallel region (projections of the same input, experts with their own tokens, heads). Sums

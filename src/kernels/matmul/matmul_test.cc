@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -11,6 +12,7 @@
 
 #include "base/cpu.h"
 #include "base/float16.h"
+#include "base/huge_memory.h"
 #include "base/random.h"
 #include "quant/formats.h"
 
@@ -195,6 +197,72 @@ TEST_P(Matmul, ManyJobsAtOnceEqualJobsAlone) {
     matmul(std::span(&job, 1), pool);
     EXPECT_EQ(together[i], alone[i]) << i;
   }
+}
+
+TEST_P(Matmul, ChosenRowsOfXEqualTheirCopies) {
+  Random random(10);
+  ThreadPool pool(2);
+  const int64_t rows = 37, cols = fit(96), x_stride = cols + 5;
+  const StoredMatrix w(GetParam().dtype, rows, cols, random);
+  std::vector<float> x(static_cast<size_t>(50 * x_stride));
+  for (float& v : x) v = static_cast<float>(random.normal());
+  for (int64_t tokens : {1, 3, 17, 40}) {
+    std::vector<int32_t> chosen(static_cast<size_t>(tokens));
+    std::vector<float> copies, y(static_cast<size_t>(tokens * rows)), expected(y.size());
+    for (int32_t& row : chosen) {
+      row = static_cast<int32_t>(random.below(50));
+      copies.insert(copies.end(), x.begin() + row * x_stride, x.begin() + row * x_stride + cols);
+    }
+    // the same x with other rows in front: their preparations must not be taken for one another
+    std::vector<int32_t> first(chosen.size(), 0);
+    std::vector<float> other(y.size());
+    const MatmulJob jobs[] = {{tokens, x.data(), x_stride, w.matrix, other.data(), rows, first.data()},
+                              {tokens, x.data(), x_stride, w.matrix, y.data(), rows, chosen.data()}};
+    matmul(jobs, pool);
+    const MatmulJob job{tokens, copies.data(), cols, w.matrix, expected.data(), rows};
+    matmul(std::span(&job, 1), pool);
+    EXPECT_EQ(y, expected) << tokens;
+  }
+}
+
+// 4.2 MB of results, which AMX writes past the caches where their rows are aligned.
+TEST_P(Matmul, LargeResultsAreTheSameAlignedOrNot) {
+  Random random(11);
+  ThreadPool pool(2);
+  const int64_t rows = 1000, cols = fit(32), tokens = 1050, stride = 1008;
+  const StoredMatrix w(GetParam().dtype, rows, cols, random);
+  std::vector<float> x(static_cast<size_t>(tokens * cols));
+  for (float& v : x) v = static_cast<float>(random.normal());
+  HugeVector<float> aligned(static_cast<size_t>(tokens * stride), 7.0f);
+  std::vector<float> odd(static_cast<size_t>(tokens * (rows + 1)));
+  const MatmulJob to_aligned{tokens, x.data(), cols, w.matrix, aligned.data(), stride};
+  const MatmulJob to_odd{tokens, x.data(), cols, w.matrix, odd.data(), rows + 1};
+  matmul(std::span(&to_aligned, 1), pool);
+  matmul(std::span(&to_odd, 1), pool);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* row = aligned.data() + t * stride;
+    ASSERT_TRUE(std::equal(row, row + rows, odd.data() + t * (rows + 1))) << t;
+    for (int64_t r = rows; r < stride; ++r) ASSERT_EQ(row[r], 7.0f);
+  }
+}
+
+// 4.3 MB of prepared activations, which AMX writes past the caches, against halves that it keeps there.
+TEST_P(Matmul, LargeInputsEqualTheirHalves) {
+  Random random(12);
+  ThreadPool pool(2);
+  const int64_t rows = 32, cols = fit(1024), half = 528;
+  const StoredMatrix w(GetParam().dtype, rows, cols, random);
+  std::vector<float> x(static_cast<size_t>(2 * half * cols));
+  for (float& v : x) v = static_cast<float>(random.normal());
+  std::vector<float> y(static_cast<size_t>(2 * half * rows)), expected(y.size());
+  const MatmulJob job{2 * half, x.data(), cols, w.matrix, y.data(), rows};
+  matmul(std::span(&job, 1), pool);
+  for (int64_t i = 0; i < 2; ++i) {
+    const MatmulJob part{half,     x.data() + i * half * cols,        cols,
+                         w.matrix, expected.data() + i * half * rows, rows};
+    matmul(std::span(&part, 1), pool);
+  }
+  EXPECT_EQ(y, expected);
 }
 
 TEST_P(Matmul, RowsComeBackFromThePackedForm) {

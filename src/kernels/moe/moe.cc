@@ -76,16 +76,20 @@ void route(const RouterParams& p, int64_t tokens, const float* logits, const flo
 
 namespace {
 
-// Rows of the grouped input: row_of[t * top_k + j] = the row that holds token t for its j-th expert; the rows
-// of expert e are [offsets[e], offsets[e + 1]).
-void group_by_expert(int64_t choices, size_t experts, const int32_t* ids, MoeScratch& s) {
+// Rows of the grouped results: row_of[t * top_k + j] = the row of token t for its j-th expert, token_of its
+// inverse; the rows of expert e are [offsets[e], offsets[e + 1]).
+void group_by_expert(int64_t choices, int top_k, size_t experts, const int32_t* ids, MoeScratch& s) {
   s.offsets.assign(experts + 1, 0);
   for (int64_t i = 0; i < choices; ++i) ++s.offsets[static_cast<size_t>(ids[i]) + 1];
   std::partial_sum(s.offsets.begin(), s.offsets.end(), s.offsets.begin());
   std::vector<int32_t> next(s.offsets.begin(), s.offsets.end() - 1);
   s.row_of.resize(static_cast<size_t>(choices));
-  for (int64_t i = 0; i < choices; ++i)
-    s.row_of[static_cast<size_t>(i)] = next[static_cast<size_t>(ids[i])]++;
+  s.token_of.resize(s.row_of.size());
+  for (int64_t i = 0; i < choices; ++i) {
+    const int32_t row = next[static_cast<size_t>(ids[i])]++;
+    s.row_of[static_cast<size_t>(i)] = row;
+    s.token_of[static_cast<size_t>(row)] = static_cast<int32_t>(i / top_k);
+  }
 }
 
 void grow(HugeVector<float>& v, int64_t n) {
@@ -102,26 +106,21 @@ void moe_experts(int64_t tokens, int64_t hidden, int top_k, const float* x, cons
   const int64_t width = experts.front().gate.rows;
   const int64_t shared_width = shared != nullptr ? shared->gate.rows : 0;
   const int64_t inner = rows * width + tokens * shared_width;  // values of silu(gate) * up
-  group_by_expert(rows, experts.size(), ids, s);
-  const bool gather = tokens > 1;  // one token: its chosen experts all read x itself
-  if (gather) grow(s.x, rows * hidden);
+  group_by_expert(rows, top_k, experts.size(), ids, s);
   grow(s.out, rows * hidden);
   grow(s.hidden, 2 * inner);
   float* gate = s.hidden.data();
   float* up = gate + inner;
-  for (int64_t i = 0; gather && i < rows; ++i) {
-    std::memcpy(s.x.data() + s.row_of[static_cast<size_t>(i)] * hidden, x + i / top_k * hidden,
-                static_cast<size_t>(hidden) * sizeof(float));
-  }
   // Two parallel regions for all experts and the shared one: gate and up, then down.
   s.jobs.clear();
   for (size_t e = 0; e < experts.size(); ++e) {
     const int64_t first = s.offsets[e];
     const int64_t count = s.offsets[e + 1] - first;
     if (count == 0) continue;
-    const float* in = gather ? s.x.data() + first * hidden : x;
-    s.jobs.push_back({count, in, hidden, experts[e].gate, gate + first * width, width});
-    s.jobs.push_back({count, in, hidden, experts[e].up, up + first * width, width});
+    // one token: its chosen experts all read x itself, so that it is prepared once
+    const int32_t* from = tokens > 1 ? s.token_of.data() + first : nullptr;
+    s.jobs.push_back({count, x, hidden, experts[e].gate, gate + first * width, width, from});
+    s.jobs.push_back({count, x, hidden, experts[e].up, up + first * width, width, from});
   }
   if (shared != nullptr) {
     s.jobs.push_back({tokens, x, hidden, shared->gate, gate + rows * width, shared_width});

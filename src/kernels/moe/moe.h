@@ -41,8 +41,8 @@ struct ExpertWeights {
 // down(silu(gate x) * up x). Tokens are grouped by expert, so that each chosen expert's weights are read
 // once. x, y [tokens][hidden]; shared may be null. `scratch` keeps its memory between calls.
 struct MoeScratch {
-  HugeVector<float> x, hidden, out;
-  std::vector<int32_t> row_of, offsets;
+  HugeVector<float> hidden, out;
+  std::vector<int32_t> row_of, token_of, offsets;
   std::vector<MatmulJob> jobs;
 };
 void moe_experts(int64_t tokens, int64_t hidden, int top_k, const float* x, const int32_t* ids,

@@ -31,11 +31,11 @@ struct Case {
   bool a_log = true, dt_bias = true;
   bool zero_initial = false;  // no initial states
   bool wide_seqlens = false;
-  bool one_each = false;      // cu_seqlens null
+  bool one_each = false;           // cu_seqlens null
   std::vector<int> padding = {};   // sequences whose slot is -1
-  int first_slot = 0;         // with 1, padding sequences have slot 0
+  int first_slot = 0;              // with 1, padding sequences have slot 0
   std::vector<int> accepted = {};  // speculative: tokens accepted of the last call
-  double fixed_gate = 0;      // with kNone: this value everywhere
+  double fixed_gate = 0;           // with kNone: this value everywhere
   bool use_fixed_gate = false;
   int split = 0;
 };

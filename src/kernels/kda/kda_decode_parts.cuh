@@ -103,7 +103,9 @@ __device__ __forceinline__ Place find_place(const KdaDecodeCudaParams& p, int sp
       at.begin = static_cast<const int32_t*>(p.cu_seqlens)[n];
       at.tokens = static_cast<int>(static_cast<const int32_t*>(p.cu_seqlens)[n + 1] - at.begin);
     }
-    if (p.accepted != nullptr) at.accepted = max(p.accepted[n], 1);
+    if (p.accepted != nullptr) {
+      at.accepted = max(1, min(p.accepted[n], static_cast<int>(p.token_slot_stride)));
+    }
   }
   at.read_slot = p.initial.slots != nullptr ? p.initial.slots[n] : n;
   at.write_slot = p.final.slots != nullptr ? p.final.slots[n] : n;

@@ -49,50 +49,83 @@ __global__ void __launch_bounds__(kThreads, 4)
     float window[kBehind][kCount];
     load_window<kType, kTaps, kCount>(p, begin, t - begin, slot_of(p.initial, n), channel, window);
     float d[kTaps][kCount] = {};  // gradients of the last taps tokens, oldest first
+    const auto read = [](const uint16_t* row) { return __ldcs(reinterpret_cast<const uint2*>(row)); };
     uint2 next_u[kBatch];
     uint2 next_dy[kBatch];
+    const auto shift = [&] {
+#pragma unroll
+      for (int j = 0; j < kTaps - 1; ++j) {
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) d[j][c] = d[j + 1][c];
+      }
+    };
+    // Moves on to a token; its part of d_w counts when it lies in this run.
+    const auto advance = [&](const uint2& u_bits, const uint2& dy_bits, bool counts) {
+      float x[kCount];
+      float g[kCount];
+      float sum[kCount];
+      float before[kBehind][kCount];
+      unpack<kType>(u_bits, x);
+      unpack<kType>(dy_bits, g);
+#pragma unroll
+      for (int j = 0; j < kBehind; ++j) {
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) before[j][c] = window[j][c];
+      }
+      step(w, x, window, sum);
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) {
+        d[kTaps - 1][c] = p.silu ? g[c] * silu_slope(sum[c]) : g[c];
+        const float mine = counts ? d[kTaps - 1][c] : 0.0f;
+#pragma unroll
+        for (int j = 0; j < kBehind; ++j) dw[j][c] = fmaf(mine, before[j][c], dw[j][c]);
+        dw[kTaps - 1][c] = fmaf(mine, x[c], dw[kTaps - 1][c]);
+      }
+    };
+    const auto gradient = [&](float(&sum)[kCount]) {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) {
+        sum[c] = w[c][kTaps - 1] * d[0][c];
+#pragma unroll
+        for (int j = 1; j < kTaps; ++j) sum[c] = fmaf(w[c][kTaps - 1 - j], d[j][c], sum[c]);
+      }
+    };
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (t + i < last) {
-        next_u[i] = __ldcs(reinterpret_cast<const uint2*>(u + (t + i) * p.u.stride));
-        next_dy[i] = __ldcs(reinterpret_cast<const uint2*>(dy + (t + i) * b.dy.stride));
+        next_u[i] = read(u + (t + i) * p.u.stride);
+        next_dy[i] = read(dy + (t + i) * b.dy.stride);
       }
     }
     for (; t < end + kBehind; t += kBatch) {
+      if (t >= first + kBehind && t + 2 * kBatch <= end) {  // well inside: nothing to ask
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const uint2 u_bits = next_u[i];
+          const uint2 dy_bits = next_dy[i];
+          next_u[i] = read(u + (t + i + kBatch) * p.u.stride);
+          next_dy[i] = read(dy + (t + i + kBatch) * b.dy.stride);
+          shift();
+          advance(u_bits, dy_bits, true);
+          float sum[kCount];
+          gradient(sum);
+          *reinterpret_cast<uint2*>(du + (t + i - kBehind) * b.du_stride) = pack<kType>(sum);
+        }
+        continue;
+      }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int64_t now = t + i;
         if (now >= end + kBehind) break;
-#pragma unroll
-        for (int j = 0; j < kTaps - 1; ++j) {
-#pragma unroll
-          for (int c = 0; c < kCount; ++c) d[j][c] = d[j + 1][c];
-        }
+        shift();
         if (now < last) {
-          float x[kCount];
-          float g[kCount];
-          float sum[kCount];
-          unpack<kType>(next_u[i], x);
-          unpack<kType>(next_dy[i], g);
+          const uint2 u_bits = next_u[i];
+          const uint2 dy_bits = next_dy[i];
           if (now + kBatch < last) {
-            next_u[i] = __ldcs(reinterpret_cast<const uint2*>(u + (now + kBatch) * p.u.stride));
-            next_dy[i] = __ldcs(reinterpret_cast<const uint2*>(dy + (now + kBatch) * b.dy.stride));
+            next_u[i] = read(u + (now + kBatch) * p.u.stride);
+            next_dy[i] = read(dy + (now + kBatch) * b.dy.stride);
           }
-          float before[kBehind][kCount];
-#pragma unroll
-          for (int j = 0; j < kBehind; ++j) {
-#pragma unroll
-            for (int c = 0; c < kCount; ++c) before[j][c] = window[j][c];
-          }
-          step(w, x, window, sum);
-#pragma unroll
-          for (int c = 0; c < kCount; ++c) {
-            d[kTaps - 1][c] = p.silu ? g[c] * silu_slope(sum[c]) : g[c];
-            const float mine = now < end ? d[kTaps - 1][c] : 0.0f;
-#pragma unroll
-            for (int j = 0; j < kBehind; ++j) dw[j][c] = fmaf(mine, before[j][c], dw[j][c]);
-            dw[kTaps - 1][c] = fmaf(mine, x[c], dw[kTaps - 1][c]);
-          }
+          advance(u_bits, dy_bits, now < end);
         } else {
 #pragma unroll
           for (int c = 0; c < kCount; ++c) d[kTaps - 1][c] = 0.0f;
@@ -101,12 +134,8 @@ __global__ void __launch_bounds__(kThreads, 4)
         const bool in_front = at < begin;  // only the run that begins the sequence comes here with it
         if (at < first && !(in_front && first == begin)) continue;
         if (in_front && b.d_initial.data == nullptr) continue;
-        float sum[kCount] = {};
-#pragma unroll
-        for (int c = 0; c < kCount; ++c) {
-#pragma unroll
-          for (int j = 0; j < kTaps; ++j) sum[c] = fmaf(w[c][kTaps - 1 - j], d[j][c], sum[c]);
-        }
+        float sum[kCount];
+        gradient(sum);
         // The final state holds the inputs of positions sequence_end - taps + 1 on.
         const int64_t row = at - (sequence_end - kBehind);
         if (row >= 0 && final_slot >= 0) {

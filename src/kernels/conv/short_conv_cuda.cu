@@ -8,10 +8,14 @@ namespace {
 
 using namespace short_conv;
 
+constexpr int kForwardCount =
+    4;  // channels of a thread: more of them leave too few warps to hide the latency of silu
+
 template <CudaType kType, int kTaps>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 7)
     short_conv_kernel(const __grid_constant__ ShortConvCudaParams p, const int block_tokens) {
-  constexpr int kCount = 8;
+  constexpr int kCount = kForwardCount;
+  using Word = typename Bits<kCount>::Word;
   const int64_t channel = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kCount;
   if (channel >= p.channels) return;
   const Sequences sequences{p.cu_seqlens, p.wide_seqlens, p.sequences, p.tokens};
@@ -21,6 +25,9 @@ __global__ void __launch_bounds__(kThreads, 4)
   load_weights(p, channel, w);
   const uint16_t* u = static_cast<const uint16_t*>(p.u.data) + channel;
   uint16_t* y = static_cast<uint16_t*>(p.y) + channel;
+  const auto read = [&](int64_t token) {
+    return __ldcs(reinterpret_cast<const Word*>(u + token * p.u.stride));
+  };
   int n = sequences.find(t);
   while (t < stop) {
     while (sequences.begin(n + 1) <= t) ++n;  // over empty sequences too
@@ -28,23 +35,34 @@ __global__ void __launch_bounds__(kThreads, 4)
     const int64_t end = min(sequences.begin(n + 1), stop);
     float window[kTaps - 1][kCount];
     load_window<kType, kTaps, kCount>(p, begin, t - begin, slot_of(p.initial, n), channel, window);
-    uint4 next[kBatch];
+    Word next[kBatch];
+    const auto token = [&](int64_t now, const Word& bits) {
+      float x[kCount];
+      float sum[kCount];
+      unpack<kType>(bits, x);
+      step(w, x, window, sum);
+      if (p.silu) apply_silu(sum);
+      *reinterpret_cast<Word*>(y + now * p.y_stride) = pack<kType>(sum);
+    };
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (t + i < end) next[i] = __ldcs(reinterpret_cast<const uint4*>(u + (t + i) * p.u.stride));
+      if (t + i < end) next[i] = read(t + i);
+    }
+    for (; t + 2 * kBatch <= end; t += kBatch) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const Word bits = next[i];
+        next[i] = read(t + i + kBatch);
+        token(t + i, bits);
+      }
     }
     for (; t < end; t += kBatch) {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         if (t + i >= end) break;
-        float x[kCount];
-        float sum[kCount];
-        unpack<kType>(next[i], x);
-        if (t + i + kBatch < end)
-          next[i] = __ldcs(reinterpret_cast<const uint4*>(u + (t + i + kBatch) * p.u.stride));
-        step(w, x, window, sum);
-        if (p.silu) apply_silu(sum);
-        *reinterpret_cast<uint4*>(y + (t + i) * p.y_stride) = pack<kType>(sum);
+        const Word bits = next[i];
+        if (t + i + kBatch < end) next[i] = read(t + i + kBatch);
+        token(t + i, bits);
       }
     }
     t = end;
@@ -138,7 +156,7 @@ void short_conv_cuda(const ShortConvCudaParams& p, CUstream_st* stream) {
   validate(p);
   check_rows("y", p.y, p.y_stride, p);
   if (p.sequences == 0) return;
-  const unsigned column_count = columns(p.channels, 8);
+  const unsigned column_count = columns(p.channels, kForwardCount);
   const int block = tokens_per_block(p.tokens, column_count, 128);
   const int64_t blocks = (p.tokens + block - 1) / block;
   check(blocks < 65536, "short_conv: {} tokens are too many for one launch", p.tokens);
@@ -151,7 +169,7 @@ void short_conv_cuda(const ShortConvCudaParams& p, CUstream_st* stream) {
   }
   if (p.final.data != nullptr) {
     dispatch(p, [&]<CudaType kType, int kTaps>() {
-      short_conv_final_kernel<kTaps><<<dim3(column_count, p.sequences), kThreads, 0, stream>>>(p);
+      short_conv_final_kernel<kTaps><<<dim3(columns(p.channels, 8), p.sequences), kThreads, 0, stream>>>(p);
     });
     check_launch("short_conv_final");
   }

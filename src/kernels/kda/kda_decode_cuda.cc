@@ -108,9 +108,12 @@ void validate(const KdaDecodeCudaParams& p) {
 int kda_decode_split(const KdaDecodeCudaParams& p, int multiprocessors) {
   const int64_t items = static_cast<int64_t>(p.sequences) * p.value_heads;
   const int group = p.conv.q_weight != nullptr ? p.value_heads / p.heads : 1;
+  // Two CTAs for a head as long as all are resident at once, more of them only while multiprocessors are idle
+  // (measured: docs/notes/20261124-cuda-decode.md).
+  const int most = p.key_dim == 128 ? 8 : 2;
   int split = 1;
-  while (2 * split * items <= 2 * multiprocessors && 2 * split * group <= 8 &&
-         2 * split <= (p.key_dim == 128 ? 8 : 2)) {
+  while (2 * split <= most && 2 * split * group <= 8 &&
+         2 * split * items <= (split == 1 ? 2 : 1) * multiprocessors) {
     split *= 2;
   }
   return split;

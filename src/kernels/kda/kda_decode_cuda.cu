@@ -12,6 +12,8 @@
 // head for itself. The CTAs send each other their sums for the norm (st.async, counted by mbarriers: a
 // barrier of the cluster with release would wait for the stores of the state). A sum is sent behind its CTA's
 // reads of the convolution's state, so CTA 0 may update that state once it has all of them.
+#include <algorithm>
+
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/device.h"
@@ -21,12 +23,6 @@ namespace kilin {
 namespace {
 
 using namespace kda_decode;
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
-  return x;
-}
 
 template <int K, int kRows>
 struct Shared {
@@ -71,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(K / kSplit * K, kMulti))
     }
     cluster_arrive_relaxed();
   }
-  const Place at = find_place<kMulti>(p, kSplit, kRows);
+  const Place at = find_place<kMulti>(p, blockIdx.x / kSplit, blockIdx.x % kSplit * kRows);
   Channel<K, kRows> mine;
   mine.setup(p, at);
   mine.load_token(p, at, at.begin, !kMulti || at.tokens > 0);
@@ -107,21 +103,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(K / kSplit * K, kMulti))
 
   for (int t = 0; t < at.tokens; ++t) {
     const int64_t token = at.begin + t;
-    // Prologue: q, k, decay, v of this token into shared memory, sums for the norms of q and k.
-    if (mine.keys) {
-      const float q = mine.active[0] ? mine.convolve(p, 0) : 0.0f;
-      const float k = mine.active[0] ? mine.convolve(p, 1) : 0.0f;
-      if (mine.active[0]) shared.q[mine.index] = q, shared.k[mine.index] = k;
-      const float qq = warp_sum(q * q);
-      const float kk = warp_sum(k * k);
-      const float qk = warp_sum(q * k);
-      if (thread % 32 == 0) shared.sums[0][warp] = qq, shared.sums[1][warp] = kk, shared.sums[2][warp] = qk;
-    } else {
-      if (mine.active[1]) shared.decay[mine.index] = mine.decay(p);
-      if (mine.active[0]) shared.v[mine.index] = mine.convolve(p, 0);
-    }
-    const float raw_beta = mine.beta.value(p.beta_type);
-    const float beta = p.beta_scale * (p.beta_is_logit ? 1.0f / (1.0f + expf(-raw_beta)) : raw_beta);
+    const float beta = prepare(p, mine, shared);
     __syncthreads();
     // For the epilogue: under way during the update of the state.
     const RawValue norm_weight =
@@ -129,22 +111,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(K / kSplit * K, kMulti))
     const uint32_t gate_bits = issue_16(p.norm.gate.data, token * p.norm.gate.stride + out_index, gated);
     if constexpr (kMulti) mine.load_token(p, at, token + 1, t + 1 < at.tokens);
 
-    float totals[3];
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      totals[i] = (shared.sums[i][0] + shared.sums[i][1]) + (shared.sums[i][2] + shared.sums[i][3]);
-    }
-    const float q_factor = p.scale * (p.l2norm ? rsqrtf(totals[0] + 1e-6f) : 1.0f);
-    const float k_factor = p.l2norm ? rsqrtf(totals[1] + 1e-6f) : 1.0f;
-    const float k_dot_q = totals[2] * q_factor * k_factor;
-    float q[8], k[8], decay[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int channel = i < 4 ? Part::first(lane) + i : Part::second(lane) + i - 4;
-      q[i] = shared.q[channel] * q_factor;
-      k[i] = shared.k[channel] * k_factor;
-      decay[i] = shared.decay[channel];
-    }
+    const Keys<Part> keys(p, shared.sums, shared.q, shared.k, shared.decay, lane);
 
     // The state of this token goes to its own slot, or after the last one to the final slot.
     int slot = at.write_slot;
@@ -157,25 +124,9 @@ __global__ void __launch_bounds__(kThreads, min_blocks(K / kSplit * K, kMulti))
     for (int step = 0; step < kSteps; ++step) {
       float(&s)[8] = state[step];
       if constexpr (!kMulti) parts[step].expand(s);
-      float recalled = 0.0f;
-      float out = 0.0f;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        s[i] *= decay[i];
-        recalled = fmaf(s[i], k[i], recalled);
-        out = fmaf(s[i], q[i], out);
-      }
-#pragma unroll
-      for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-        recalled += __shfl_xor_sync(0xffffffffu, recalled, mask);
-        out += __shfl_xor_sync(0xffffffffu, out, mask);
-      }
       const int row = step * kRowsPerStep + first_row;
-      const float d = beta * (shared.v[row] - recalled);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) s[i] = fmaf(d, k[i], s[i]);
+      const float out = keys.template update<kLanes>(s, beta, shared.v[row]);
       if (write) Part::store(rows + step * kRowsPerStep * K, lane, s);
-      out = fmaf(d, k_dot_q, out);
       if (lane == 0) shared.out[row] = out;
       square = fmaf(out, out, square);
     }
@@ -205,12 +156,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(K / kSplit * K, kMulti))
 #pragma unroll
           for (int i = 0; i < kWarps; ++i) sum += squares[rank - rank % kSplit + part][i];
         }
-        y *= rsqrtf(sum * (1.0f / V) + p.norm.eps) * norm_weight.value(p.norm.weight_type);
-        if (gated) {
-          const float out_gate = from_bits(static_cast<uint16_t>(gate_bits), p.type);
-          const float s = sigmoid(out_gate);
-          y *= p.norm.activation == GateActivation::kSilu ? out_gate * s : s;
-        }
+        y = normalise(p, y, sum, norm_weight.value(p.norm.weight_type), gate_bits);
       }
       store(p.out, p.type, token * p.out_stride + out_index, y);
     }
@@ -223,6 +169,112 @@ __global__ void __launch_bounds__(kThreads, min_blocks(K / kSplit * K, kMulti))
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) Part::store(rows + step * kRowsPerStep * K, lane, state[step]);
   }
+}
+
+// Many heads, one token each: persistent CTAs, each with room for one head's state in shared memory, which a
+// bulk copy fills while the CTA ends the head before and prepares the next one; three of them share a
+// multiprocessor. Results have the same bits as those of kda_decode_kernel with kSplit = 1.
+constexpr int kStreamBlocks = 3;
+
+template <class State, int K>
+__global__ void __launch_bounds__(kThreads, kStreamBlocks)
+    kda_decode_stream_kernel(const __grid_constant__ KdaDecodeCudaParams p, const int items) {
+  constexpr int kLanes = K / 8;
+  constexpr int kRowsPerStep = kWarps * 32 / kLanes;
+  constexpr int kSteps = K / kRowsPerStep;
+  constexpr uint32_t kBytes = K * K * sizeof(State);
+  using Part = Piece<State, K>;
+  extern __shared__ __align__(128) unsigned char stage_bytes[];
+  const State* stage = reinterpret_cast<const State*>(stage_bytes);
+  __shared__ Shared<K, K> shared;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kLanes;
+  const int first_row = thread / kLanes;
+  if (thread == 0) {
+    mbarrier_init(&shared.barriers[0], 1);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  const bool has_norm = p.norm.weight != nullptr;
+  const bool gated = has_norm && p.norm.activation != GateActivation::kNone && thread < K;
+  const float norm_weight = has_norm && thread < K ? load(p.norm.weight, p.norm.weight_type, thread) : 1.0f;
+  const auto fetch = [&](const Place& at) {
+    const State* from = static_cast<const State*>(p.initial.data) + at.read_slot * p.initial.slot_stride +
+                        static_cast<int64_t>(at.value_head) * K * K;
+    if (thread == 0 && !at.padding) bulk_load(stage_bytes, from, kBytes, &shared.barriers[0]);
+  };
+
+  int item = static_cast<int>(blockIdx.x);
+  Place at = find_place<false>(p, item, 0);
+  fetch(at);
+  uint32_t parity = 0;
+  while (true) {
+    Channel<K, K> mine;
+    mine.setup(p, at);
+    mine.load_token(p, at, at.begin, true);
+    mine.load_history(p, at);
+    const int next_item = item + static_cast<int>(gridDim.x);
+    const Place next = find_place<false>(p, min(next_item, items - 1), 0);
+    const int64_t out_index = at.begin * p.out_stride + static_cast<int64_t>(at.value_head) * K + thread;
+    if (at.padding) {
+      if (thread < K) store(p.out, p.type, out_index, 0.0f);
+      if (next_item < items) fetch(next);
+    } else {
+      const float beta = prepare(p, mine, shared);
+      mine.store_history(p, at, 0, true);  // each thread read what it writes
+      __syncthreads();
+      const uint32_t gate_bits =
+          issue_16(p.norm.gate.data,
+                   at.begin * p.norm.gate.stride + static_cast<int64_t>(at.value_head) * K + thread, gated);
+      const Keys<Part> keys(p, shared.sums, shared.q, shared.k, shared.decay, lane);
+      const bool write = p.final.data != nullptr && at.write_slot >= p.first_slot;
+      State* rows = static_cast<State*>(p.final.data) + at.write_slot * p.final.slot_stride +
+                    (static_cast<int64_t>(at.value_head) * K + first_row) * K;
+      mbarrier_wait(&shared.barriers[0], parity);
+      parity ^= 1;
+      float square = 0.0f;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const int row = step * kRowsPerStep + first_row;
+        float s[8];
+        Part::read(stage + row * K, lane, s);
+        const float out = keys.template update<kLanes>(s, beta, shared.v[row]);
+        if (write) Part::store(rows + step * kRowsPerStep * K, lane, s);
+        if (lane == 0) shared.out[row] = out;
+        square = fmaf(out, out, square);
+      }
+#pragma unroll
+      for (int mask = kLanes; mask < 32; mask *= 2) square += __shfl_xor_sync(0xffffffffu, square, mask);
+      if (thread % 32 == 0) shared.squares[0][0][thread / 32] = square;
+      __syncthreads();  // the stage is read
+      if (next_item < items) fetch(next);
+      if (thread < K) {
+        float y = shared.out[thread];
+        if (has_norm) {
+          float sum = 0.0f;
+#pragma unroll
+          for (int i = 0; i < kWarps; ++i) sum += shared.squares[0][0][i];
+          y = normalise(p, y, sum, norm_weight, gate_bits);
+        }
+        store(p.out, p.type, out_index, y);
+      }
+    }
+    if (next_item >= items) return;
+    item = next_item;
+    at = next;
+  }
+}
+
+template <class State, int K>
+void launch_stream(const KdaDecodeCudaParams& p, cudaStream_t stream) {
+  constexpr int kBytes = K * K * static_cast<int>(sizeof(State));
+  static const cudaError_t allowed = cudaFuncSetAttribute(
+      kda_decode_stream_kernel<State, K>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  check_cuda(allowed, "shared memory of kda_decode");
+  const int items = p.sequences * p.value_heads;
+  const int blocks = std::min(items, kStreamBlocks * cuda_device().multiprocessors);
+  kda_decode_stream_kernel<State, K><<<blocks, kThreads, kBytes, stream>>>(p, items);
+  check_launch("kda_decode_stream");
 }
 
 template <class State, int K, int kSplit, bool kMulti>
@@ -269,7 +321,11 @@ void kda_decode_cuda(const KdaDecodeCudaParams& p, CUstream_st* stream) {
   const int split = p.split != 0 ? p.split : kda_decode_split(p, cuda_device().multiprocessors);
   const bool multi = p.tokens != p.sequences || p.cu_seqlens != nullptr || p.token_slots != nullptr;
   const CudaStates& states = p.final.data != nullptr ? p.final : p.initial;
+  const int group = p.conv.q_weight != nullptr ? p.value_heads / p.heads : 1;
+  const bool streams = p.split == 0 && split == 1 && !multi && group == 1 && p.initial.data != nullptr &&
+                       p.sequences * p.value_heads > 2 * cuda_device().multiprocessors;
   const auto run = [&]<class State, int K>() {
+    if (streams) return launch_stream<State, K>(p, stream);
     multi ? launch_split<State, K, true>(p, split, stream) : launch_split<State, K, false>(p, split, stream);
   };
   if (states.data != nullptr && states.type == CudaType::kBf16) {

@@ -36,6 +36,11 @@ struct Piece<float, K> {
     s[0] = a.x, s[1] = a.y, s[2] = a.z, s[3] = a.w;
     s[4] = b.x, s[5] = b.y, s[6] = b.z, s[7] = b.w;
   }
+  static __device__ void read(const float* shared_row, int lane, float (&s)[8]) {
+    const float4 x = *reinterpret_cast<const float4*>(shared_row + first(lane));
+    const float4 y = *reinterpret_cast<const float4*>(shared_row + second(lane));
+    Piece{x, y}.expand(s);
+  }
   static __device__ void store(float* row, int lane, const float (&s)[8]) {
     __stcs(reinterpret_cast<float4*>(row + first(lane)), float4{s[0], s[1], s[2], s[3]});
     __stcs(reinterpret_cast<float4*>(row + second(lane)), float4{s[4], s[5], s[6], s[7]});
@@ -59,6 +64,9 @@ struct Piece<__nv_bfloat16, K> {
       s[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
   }
+  static __device__ void read(const __nv_bfloat16* shared_row, int lane, float (&s)[8]) {
+    Piece{*reinterpret_cast<const uint4*>(shared_row + first(lane))}.expand(s);
+  }
   static __device__ void store(__nv_bfloat16* row, int lane, const float (&s)[8]) {
     uint32_t words[4];
 #pragma unroll
@@ -70,7 +78,7 @@ struct Piece<__nv_bfloat16, K> {
   }
 };
 
-// Where this CTA stands: sequence, heads, rows, tokens, slots.
+// Where a CTA stands: sequence, heads, rows, tokens, slots. `item` counts the value heads of all sequences.
 struct Place {
   int sequence, head, value_head, row;  // row: the first of this CTA's value rows
   int64_t begin;                        // first token
@@ -81,10 +89,9 @@ struct Place {
 };
 
 template <bool kMulti>
-__device__ __forceinline__ Place find_place(const KdaDecodeCudaParams& p, int split, int rows) {
+__device__ __forceinline__ Place find_place(const KdaDecodeCudaParams& p, int item, int row) {
   Place at;
-  const int item = static_cast<int>(blockIdx.x) / split;
-  at.row = static_cast<int>(blockIdx.x) % split * rows;
+  at.row = row;
   at.sequence = item / p.value_heads;
   at.value_head = item % p.value_heads;
   at.head = at.value_head / (p.value_heads / p.heads);
@@ -218,5 +225,94 @@ struct Channel {
     }
   }
 };
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
+  return x;
+}
+
+// What one token brings to the rows of the state: q and k with their norms' factors, the decay, of a lane's
+// channels.
+template <class Part>
+struct Keys {
+  float q[8], k[8], decay[8];
+  float k_dot_q;
+
+  // sums: q . q, k . k, q . k of warps 0 to 3
+  __device__ __forceinline__ Keys(const KdaDecodeCudaParams& p, const float (&sums)[3][4],
+                                  const float* shared_q, const float* shared_k, const float* shared_decay,
+                                  int lane) {
+    float totals[3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) totals[i] = (sums[i][0] + sums[i][1]) + (sums[i][2] + sums[i][3]);
+    const float q_factor = p.scale * (p.l2norm ? rsqrtf(totals[0] + 1e-6f) : 1.0f);
+    const float k_factor = p.l2norm ? rsqrtf(totals[1] + 1e-6f) : 1.0f;
+    k_dot_q = totals[2] * q_factor * k_factor;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int channel = i < 4 ? Part::first(lane) + i : Part::second(lane) + i - 4;
+      q[i] = shared_q[channel] * q_factor;
+      k[i] = shared_k[channel] * k_factor;
+      decay[i] = shared_decay[channel];
+    }
+  }
+
+  // One row: s becomes the new state, the row's output is returned (by all lanes of the row).
+  template <int kLanes>
+  __device__ __forceinline__ float update(float (&s)[8], float beta, float v) const {
+    float recalled = 0.0f;
+    float out = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      s[i] *= decay[i];
+      recalled = fmaf(s[i], k[i], recalled);
+      out = fmaf(s[i], q[i], out);
+    }
+#pragma unroll
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+      recalled += __shfl_xor_sync(0xffffffffu, recalled, mask);
+      out += __shfl_xor_sync(0xffffffffu, out, mask);
+    }
+    const float d = beta * (v - recalled);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s[i] = fmaf(d, k[i], s[i]);
+    return fmaf(d, k_dot_q, out);
+  }
+};
+
+// Prologue of a token: q, k, decay and v into shared memory, and the sums for the norms of q and k. Returns
+// beta.
+template <int K, int kRows, class Memory>
+__device__ __forceinline__ float prepare(const KdaDecodeCudaParams& p, Channel<K, kRows>& mine,
+                                         Memory& shared) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (mine.keys) {
+    const float q = mine.active[0] ? mine.convolve(p, 0) : 0.0f;
+    const float k = mine.active[0] ? mine.convolve(p, 1) : 0.0f;
+    if (mine.active[0]) shared.q[mine.index] = q, shared.k[mine.index] = k;
+    const float qq = warp_sum(q * q);
+    const float kk = warp_sum(k * k);
+    const float qk = warp_sum(q * k);
+    if (thread % 32 == 0) {
+      shared.sums[0][thread / 32] = qq, shared.sums[1][thread / 32] = kk, shared.sums[2][thread / 32] = qk;
+    }
+  } else {
+    if (mine.active[1]) shared.decay[mine.index] = mine.decay(p);
+    if (mine.active[0]) shared.v[mine.index] = mine.convolve(p, 0);
+  }
+  const float beta = mine.beta.value(p.beta_type);
+  return p.beta_scale * (p.beta_is_logit ? 1.0f / (1.0f + expf(-beta)) : beta);
+}
+
+// The gated norm of one output value; `squares` sums the squares of the head's outputs.
+__device__ __forceinline__ float normalise(const KdaDecodeCudaParams& p, float y, float squares, float weight,
+                                           uint32_t gate_bits) {
+  y *= rsqrtf(squares * (1.0f / static_cast<float>(p.value_dim)) + p.norm.eps) * weight;
+  if (p.norm.activation == GateActivation::kNone) return y;
+  const float gate = from_bits(static_cast<uint16_t>(gate_bits), p.type);
+  const float s = sigmoid(gate);
+  return y * (p.norm.activation == GateActivation::kSilu ? gate * s : s);
+}
 
 }  // namespace kilin::kda_decode

@@ -109,7 +109,7 @@ __device__ __forceinline__ void activate(float z, float& value, float& slope) {
 }
 
 template <CudaType kType, int kWidth, GateActivation kAct>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 4)
     gated_norm_backward_kernel(const __grid_constant__ GatedNormCudaBackward b, float* partial) {
   constexpr int kLanes = kWidth / 8;
   constexpr int kRows = kThreads / kLanes;

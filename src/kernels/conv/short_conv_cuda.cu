@@ -12,7 +12,7 @@ constexpr int kForwardCount =
     4;  // channels of a thread: more of them leave too few warps to hide the latency of silu
 
 template <CudaType kType, int kTaps>
-__global__ void __launch_bounds__(kThreads, 7)
+__global__ void __launch_bounds__(kThreads, 6)
     short_conv_kernel(const __grid_constant__ ShortConvCudaParams p, const int block_tokens) {
   constexpr int kCount = kForwardCount;
   using Word = typename Bits<kCount>::Word;

@@ -105,15 +105,20 @@ void validate(const KdaDecodeCudaParams& p) {
         group);
 }
 
+bool has_many_tokens(const KdaDecodeCudaParams& p) {
+  return p.tokens != p.sequences || p.cu_seqlens != nullptr || p.token_slots != nullptr;
+}
+
 int kda_decode_split(const KdaDecodeCudaParams& p, int multiprocessors) {
   const int64_t items = static_cast<int64_t>(p.sequences) * p.value_heads;
   const int group = p.conv.q_weight != nullptr ? p.value_heads / p.heads : 1;
-  // Two CTAs for a head as long as all are resident at once, more of them only while multiprocessors are idle
-  // (measured: docs/notes/20261124-cuda-decode.md).
+  // More than one CTA for a head only while multiprocessors are idle; two of them also while all are resident
+  // at once, which the registers of the form for several tokens do not allow (measured:
+  // docs/notes/20261124-cuda-decode.md).
   const int most = p.key_dim == 128 ? 8 : 2;
   int split = 1;
   while (2 * split <= most && 2 * split * group <= 8 &&
-         2 * split * items <= (split == 1 ? 2 : 1) * multiprocessors) {
+         2 * split * items <= (split == 1 && !has_many_tokens(p) ? 2 : 1) * multiprocessors) {
     split *= 2;
   }
   return split;

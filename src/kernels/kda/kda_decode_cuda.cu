@@ -37,7 +37,7 @@ struct Shared {
 
 // CTAs per multiprocessor that leave enough registers for a part of the state of this many values.
 constexpr int min_blocks(int values, bool multi) {
-  if (values >= 64 * 128) return multi && values > 64 * 128 ? 1 : 2;
+  if (values >= 64 * 128) return multi ? 1 : 2;
   return multi ? 2 : 3;
 }
 
@@ -198,27 +198,31 @@ __global__ void __launch_bounds__(kThreads, kStreamBlocks)
   const bool has_norm = p.norm.weight != nullptr;
   const bool gated = has_norm && p.norm.activation != GateActivation::kNone && thread < K;
   const float norm_weight = has_norm && thread < K ? load(p.norm.weight, p.norm.weight_type, thread) : 1.0f;
-  const auto fetch = [&](const Place& at) {
-    const State* from = static_cast<const State*>(p.initial.data) + at.read_slot * p.initial.slot_stride +
-                        static_cast<int64_t>(at.value_head) * K * K;
-    if (thread == 0 && !at.padding) bulk_load(stage_bytes, from, kBytes, &shared.barriers[0]);
+  const auto read_slot = [&](int item) {
+    const int n = item / p.value_heads;
+    return p.initial.slots != nullptr ? p.initial.slots[n] : n;
+  };
+  const auto fetch = [&](int item, int slot) {
+    const State* from = static_cast<const State*>(p.initial.data) + slot * p.initial.slot_stride +
+                        static_cast<int64_t>(item % p.value_heads) * K * K;
+    if (thread == 0 && slot >= p.first_slot) bulk_load(stage_bytes, from, kBytes, &shared.barriers[0]);
   };
 
   int item = static_cast<int>(blockIdx.x);
-  Place at = find_place<false>(p, item, 0);
-  fetch(at);
+  fetch(item, read_slot(item));
   uint32_t parity = 0;
-  while (true) {
+  for (; item < items; item += static_cast<int>(gridDim.x)) {
+    const Place at = find_place<false>(p, item, 0);
     Channel<K, K> mine;
     mine.setup(p, at);
     mine.load_token(p, at, at.begin, true);
     mine.load_history(p, at);
     const int next_item = item + static_cast<int>(gridDim.x);
-    const Place next = find_place<false>(p, min(next_item, items - 1), 0);
+    const int next_slot = read_slot(min(next_item, items - 1));
     const int64_t out_index = at.begin * p.out_stride + static_cast<int64_t>(at.value_head) * K + thread;
     if (at.padding) {
       if (thread < K) store(p.out, p.type, out_index, 0.0f);
-      if (next_item < items) fetch(next);
+      if (next_item < items) fetch(next_item, next_slot);
     } else {
       const float beta = prepare(p, mine, shared);
       mine.store_history(p, at, 0, true);  // each thread read what it writes
@@ -233,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, kStreamBlocks)
       mbarrier_wait(&shared.barriers[0], parity);
       parity ^= 1;
       float square = 0.0f;
-#pragma unroll
+#pragma unroll 4
       for (int step = 0; step < kSteps; ++step) {
         const int row = step * kRowsPerStep + first_row;
         float s[8];
@@ -247,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, kStreamBlocks)
       for (int mask = kLanes; mask < 32; mask *= 2) square += __shfl_xor_sync(0xffffffffu, square, mask);
       if (thread % 32 == 0) shared.squares[0][0][thread / 32] = square;
       __syncthreads();  // the stage is read
-      if (next_item < items) fetch(next);
+      if (next_item < items) fetch(next_item, next_slot);
       if (thread < K) {
         float y = shared.out[thread];
         if (has_norm) {
@@ -259,9 +263,6 @@ __global__ void __launch_bounds__(kThreads, kStreamBlocks)
         store(p.out, p.type, out_index, y);
       }
     }
-    if (next_item >= items) return;
-    item = next_item;
-    at = next;
   }
 }
 
@@ -319,7 +320,7 @@ void kda_decode_cuda(const KdaDecodeCudaParams& p, CUstream_st* stream) {
   validate(p);
   if (p.sequences == 0 || (p.tokens == 0 && p.final.data == nullptr)) return;
   const int split = p.split != 0 ? p.split : kda_decode_split(p, cuda_device().multiprocessors);
-  const bool multi = p.tokens != p.sequences || p.cu_seqlens != nullptr || p.token_slots != nullptr;
+  const bool multi = has_many_tokens(p);
   const CudaStates& states = p.final.data != nullptr ? p.final : p.initial;
   const int group = p.conv.q_weight != nullptr ? p.value_heads / p.heads : 1;
   const bool streams = p.split == 0 && split == 1 && !multi && group == 1 && p.initial.data != nullptr &&

@@ -104,6 +104,9 @@ struct KdaDecodeCudaParams {
 // read).
 void validate(const KdaDecodeCudaParams& params);
 
+// Whether a sequence may have another number of tokens than one.
+bool has_many_tokens(const KdaDecodeCudaParams& params);
+
 // CTAs per head that `split = 0` stands for on a GPU with this many multiprocessors.
 int kda_decode_split(const KdaDecodeCudaParams& params, int multiprocessors);
 

@@ -21,6 +21,17 @@ __global__ void __launch_bounds__(256, 2) rewrite_registers(float4* data, float 
   }
 }
 
+// Copies `bytes` (a multiple of 16) to shared memory; the barrier, which has one arrival, completes when they
+// are there. One thread calls it.
+__device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  mbarrier_expect(barrier, bytes);
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
 template <int kBytes, int kStages>
 __global__ void __launch_bounds__(256, 1) rewrite_bulk(char* data, int64_t pieces, float factor) {
   extern __shared__ __align__(128) char stages[];

@@ -49,17 +49,6 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       : "memory");
 }
 
-// Copies `bytes` (a multiple of 16) to shared memory; the barrier, which has one arrival, completes when they
-// are there. One thread calls it.
-__device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-  mbarrier_expect(barrier, bytes);
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
-}
-
 // Writes to the place that `local` has in the shared memory of the cluster's CTA `rank`, and reports the four
 // bytes to the mbarrier at the place of `barrier` there.
 __device__ __forceinline__ void store_to_rank(float* local, uint64_t* barrier, uint32_t rank, float value) {

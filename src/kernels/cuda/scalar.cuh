@@ -63,8 +63,17 @@ __device__ __forceinline__ uint32_t issue_32(const void* data, int64_t i, bool t
 }
 
 __device__ __forceinline__ RawValue issue(const void* data, CudaType type, int64_t i, bool there) {
-  return {issue_32(data, i, there && type == CudaType::kF32),
-          issue_16(data, i, there && type != CudaType::kF32)};
+  const bool is_wide = type == CudaType::kF32;
+  RawValue raw;
+  asm volatile(
+      "{\n .reg .pred p, q;\n setp.ne.b32 p, %3, 0;\n setp.ne.b32 q, %4, 0;\n mov.b32 %0, 0;\n mov.b32 %1, "
+      "0;\n"
+      " @p ld.global.b32 %0, [%2];\n @q ld.global.u16 %1, [%2];\n}"
+      : "=&r"(raw.wide), "=&r"(raw.narrow)
+      : "l"(static_cast<const char*>(data) + i * (is_wide ? 4 : 2)), "r"(static_cast<int>(there && is_wide)),
+        "r"(static_cast<int>(there && !is_wide))
+      : "memory");
+  return raw;
 }
 
 // Elements 4 i .. 4 i + 3 of an array that is aligned to four of its elements.

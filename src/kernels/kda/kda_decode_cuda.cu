@@ -12,8 +12,6 @@
 // head for itself. The CTAs send each other their sums for the norm (st.async, counted by mbarriers: a
 // barrier of the cluster with release would wait for the stores of the state). A sum is sent behind its CTA's
 // reads of the convolution's state, so CTA 0 may update that state once it has all of them.
-#include <algorithm>
-
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/device.h"
@@ -43,7 +41,7 @@ constexpr int min_blocks(int values, bool multi) {
 
 template <class State, int K, int kSplit, bool kMulti>
 __global__ void __launch_bounds__(kThreads, min_blocks(K / kSplit * K, kMulti))
-    kda_decode_kernel(const __grid_constant__ KdaDecodeCudaParams p, const int cluster) {
+    kda_decode_kernel(const __grid_constant__ KdaDecodeCudaParams p, const int group, const int cluster) {
   constexpr int V = K;
   constexpr int kRows = V / kSplit;
   constexpr int kLanes = K / 8;                       // of a row
@@ -67,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks(K / kSplit * K, kMulti))
     }
     cluster_arrive_relaxed();
   }
-  const Place at = find_place<kMulti>(p, blockIdx.x / kSplit, blockIdx.x % kSplit * kRows);
+  const Place at = find_place<kMulti>(p, blockIdx.y, blockIdx.x / kSplit, group, blockIdx.x % kSplit * kRows);
   Channel<K, kRows> mine;
   mine.setup(p, at);
   mine.load_token(p, at, at.begin, !kMulti || at.tokens > 0);
@@ -171,127 +169,20 @@ __global__ void __launch_bounds__(kThreads, min_blocks(K / kSplit * K, kMulti))
   }
 }
 
-// Many heads, one token each: persistent CTAs, each with room for one head's state in shared memory, which a
-// bulk copy fills while the CTA ends the head before and prepares the next one; three of them share a
-// multiprocessor. Results have the same bits as those of kda_decode_kernel with kSplit = 1.
-constexpr int kStreamBlocks = 3;
-
-template <class State, int K>
-__global__ void __launch_bounds__(kThreads, kStreamBlocks)
-    kda_decode_stream_kernel(const __grid_constant__ KdaDecodeCudaParams p, const int items) {
-  constexpr int kLanes = K / 8;
-  constexpr int kRowsPerStep = kWarps * 32 / kLanes;
-  constexpr int kSteps = K / kRowsPerStep;
-  constexpr uint32_t kBytes = K * K * sizeof(State);
-  using Part = Piece<State, K>;
-  extern __shared__ __align__(128) unsigned char stage_bytes[];
-  const State* stage = reinterpret_cast<const State*>(stage_bytes);
-  __shared__ Shared<K, K> shared;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % kLanes;
-  const int first_row = thread / kLanes;
-  if (thread == 0) {
-    mbarrier_init(&shared.barriers[0], 1);
-    mbarrier_init_fence();
-  }
-  __syncthreads();
-  const bool has_norm = p.norm.weight != nullptr;
-  const bool gated = has_norm && p.norm.activation != GateActivation::kNone && thread < K;
-  const float norm_weight = has_norm && thread < K ? load(p.norm.weight, p.norm.weight_type, thread) : 1.0f;
-  const auto read_slot = [&](int item) {
-    const int n = item / p.value_heads;
-    return p.initial.slots != nullptr ? p.initial.slots[n] : n;
-  };
-  const auto fetch = [&](int item, int slot) {
-    const State* from = static_cast<const State*>(p.initial.data) + slot * p.initial.slot_stride +
-                        static_cast<int64_t>(item % p.value_heads) * K * K;
-    if (thread == 0 && slot >= p.first_slot) bulk_load(stage_bytes, from, kBytes, &shared.barriers[0]);
-  };
-
-  int item = static_cast<int>(blockIdx.x);
-  fetch(item, read_slot(item));
-  uint32_t parity = 0;
-  for (; item < items; item += static_cast<int>(gridDim.x)) {
-    const Place at = find_place<false>(p, item, 0);
-    Channel<K, K> mine;
-    mine.setup(p, at);
-    mine.load_token(p, at, at.begin, true);
-    mine.load_history(p, at);
-    const int next_item = item + static_cast<int>(gridDim.x);
-    const int next_slot = read_slot(min(next_item, items - 1));
-    const int64_t out_index = at.begin * p.out_stride + static_cast<int64_t>(at.value_head) * K + thread;
-    if (at.padding) {
-      if (thread < K) store(p.out, p.type, out_index, 0.0f);
-      if (next_item < items) fetch(next_item, next_slot);
-    } else {
-      const float beta = prepare(p, mine, shared);
-      mine.store_history(p, at, 0, true);  // each thread read what it writes
-      __syncthreads();
-      const uint32_t gate_bits =
-          issue_16(p.norm.gate.data,
-                   at.begin * p.norm.gate.stride + static_cast<int64_t>(at.value_head) * K + thread, gated);
-      const Keys<Part> keys(p, shared.sums, shared.q, shared.k, shared.decay, lane);
-      const bool write = p.final.data != nullptr && at.write_slot >= p.first_slot;
-      State* rows = static_cast<State*>(p.final.data) + at.write_slot * p.final.slot_stride +
-                    (static_cast<int64_t>(at.value_head) * K + first_row) * K;
-      mbarrier_wait(&shared.barriers[0], parity);
-      parity ^= 1;
-      float square = 0.0f;
-#pragma unroll 4
-      for (int step = 0; step < kSteps; ++step) {
-        const int row = step * kRowsPerStep + first_row;
-        float s[8];
-        Part::read(stage + row * K, lane, s);
-        const float out = keys.template update<kLanes>(s, beta, shared.v[row]);
-        if (write) Part::store(rows + step * kRowsPerStep * K, lane, s);
-        if (lane == 0) shared.out[row] = out;
-        square = fmaf(out, out, square);
-      }
-#pragma unroll
-      for (int mask = kLanes; mask < 32; mask *= 2) square += __shfl_xor_sync(0xffffffffu, square, mask);
-      if (thread % 32 == 0) shared.squares[0][0][thread / 32] = square;
-      __syncthreads();  // the stage is read
-      if (next_item < items) fetch(next_item, next_slot);
-      if (thread < K) {
-        float y = shared.out[thread];
-        if (has_norm) {
-          float sum = 0.0f;
-#pragma unroll
-          for (int i = 0; i < kWarps; ++i) sum += shared.squares[0][0][i];
-          y = normalise(p, y, sum, norm_weight, gate_bits);
-        }
-        store(p.out, p.type, out_index, y);
-      }
-    }
-  }
-}
-
-template <class State, int K>
-void launch_stream(const KdaDecodeCudaParams& p, cudaStream_t stream) {
-  constexpr int kBytes = K * K * static_cast<int>(sizeof(State));
-  static const cudaError_t allowed = cudaFuncSetAttribute(
-      kda_decode_stream_kernel<State, K>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  check_cuda(allowed, "shared memory of kda_decode");
-  const int items = p.sequences * p.value_heads;
-  const int blocks = std::min(items, kStreamBlocks * cuda_device().multiprocessors);
-  kda_decode_stream_kernel<State, K><<<blocks, kThreads, kBytes, stream>>>(p, items);
-  check_launch("kda_decode_stream");
-}
-
 template <class State, int K, int kSplit, bool kMulti>
 void launch(const KdaDecodeCudaParams& p, cudaStream_t stream) {
-  const int group = p.conv.q_weight != nullptr ? p.value_heads / p.heads : 1;
-  const int cluster = kSplit * group;
+  const int group = p.value_heads / p.heads;
+  const int cluster = kSplit * (p.conv.q_weight != nullptr ? group : 1);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(p.sequences) * p.value_heads * kSplit);
+  config.gridDim = dim3(static_cast<unsigned>(p.value_heads) * kSplit, static_cast<unsigned>(p.sequences));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, kda_decode_kernel<State, K, kSplit, kMulti>, p, cluster),
+  check_cuda(cudaLaunchKernelEx(&config, kda_decode_kernel<State, K, kSplit, kMulti>, p, group, cluster),
              "launch of kda_decode");
 }
 
@@ -322,11 +213,7 @@ void kda_decode_cuda(const KdaDecodeCudaParams& p, CUstream_st* stream) {
   const int split = p.split != 0 ? p.split : kda_decode_split(p, cuda_device().multiprocessors);
   const bool multi = has_many_tokens(p);
   const CudaStates& states = p.final.data != nullptr ? p.final : p.initial;
-  const int group = p.conv.q_weight != nullptr ? p.value_heads / p.heads : 1;
-  const bool streams = p.split == 0 && split == 1 && !multi && group == 1 && p.initial.data != nullptr &&
-                       p.sequences * p.value_heads > 2 * cuda_device().multiprocessors;
   const auto run = [&]<class State, int K>() {
-    if (streams) return launch_stream<State, K>(p, stream);
     multi ? launch_split<State, K, true>(p, split, stream) : launch_split<State, K, false>(p, split, stream);
   };
   if (states.data != nullptr && states.type == CudaType::kBf16) {

@@ -133,7 +133,7 @@ TEST_F(KdaDecodeCuda, SmallVariants) {
   }
 }
 
-// More heads than CTAs fit on the GPU: the persistent kernel, several heads for each of its CTAs.
+// More heads than CTAs fit on the GPU.
 TEST_F(KdaDecodeCuda, ManySequences) {
   for (const CudaType state_type : {CudaType::kF32, CudaType::kBf16}) {
     for (const int dim : {64, 128}) {
@@ -149,31 +149,6 @@ TEST_F(KdaDecodeCuda, ManySequences) {
       wanted.first_slot = 1;
       Problem(wanted).check_run();
     }
-  }
-}
-
-TEST_F(KdaDecodeCuda, SmallManySequences) {
-  Case wanted = {.name = "many small", .heads = 6, .value_heads = 6, .dim = 64, .one_each = true};
-  wanted.lengths.assign(90, 1);
-  Problem(wanted).check_run();
-}
-
-TEST_F(KdaDecodeCuda, PersistentKernelGivesTheSameBits) {
-  for (const int dim : {64, 128}) {
-    Case wanted = {.name = "many", .heads = 6, .value_heads = 6, .dim = dim, .one_each = true};
-    wanted.lengths.assign(70, 1);
-    Problem stream(wanted);
-    kda_decode_cuda(stream.params(), nullptr);
-    const std::vector<uint8_t> first = stream.result_bytes();
-    for (int i = 0; i < (dim == 64 ? 20 : 3); ++i) {
-      stream.reset();
-      kda_decode_cuda(stream.params(), nullptr);
-      ASSERT_EQ(stream.result_bytes(), first);
-    }
-    wanted.split = 1;
-    Problem plain(wanted);
-    kda_decode_cuda(plain.params(), nullptr);
-    EXPECT_EQ(plain.result_bytes(), first);
   }
 }
 

@@ -36,11 +36,6 @@ struct Piece<float, K> {
     s[0] = a.x, s[1] = a.y, s[2] = a.z, s[3] = a.w;
     s[4] = b.x, s[5] = b.y, s[6] = b.z, s[7] = b.w;
   }
-  static __device__ void read(const float* shared_row, int lane, float (&s)[8]) {
-    const float4 x = *reinterpret_cast<const float4*>(shared_row + first(lane));
-    const float4 y = *reinterpret_cast<const float4*>(shared_row + second(lane));
-    Piece{x, y}.expand(s);
-  }
   static __device__ void store(float* row, int lane, const float (&s)[8]) {
     __stcs(reinterpret_cast<float4*>(row + first(lane)), float4{s[0], s[1], s[2], s[3]});
     __stcs(reinterpret_cast<float4*>(row + second(lane)), float4{s[4], s[5], s[6], s[7]});
@@ -64,9 +59,6 @@ struct Piece<__nv_bfloat16, K> {
       s[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
   }
-  static __device__ void read(const __nv_bfloat16* shared_row, int lane, float (&s)[8]) {
-    Piece{*reinterpret_cast<const uint4*>(shared_row + first(lane))}.expand(s);
-  }
   static __device__ void store(__nv_bfloat16* row, int lane, const float (&s)[8]) {
     uint32_t words[4];
 #pragma unroll
@@ -78,7 +70,7 @@ struct Piece<__nv_bfloat16, K> {
   }
 };
 
-// Where a CTA stands: sequence, heads, rows, tokens, slots. `item` counts the value heads of all sequences.
+// Where a CTA stands: sequence, heads, rows, tokens, slots.
 struct Place {
   int sequence, head, value_head, row;  // row: the first of this CTA's value rows
   int64_t begin;                        // first token
@@ -89,13 +81,17 @@ struct Place {
 };
 
 template <bool kMulti>
-__device__ __forceinline__ Place find_place(const KdaDecodeCudaParams& p, int item, int row) {
+__device__ __forceinline__ Place find_place(const KdaDecodeCudaParams& p, int n, int value_head, int group,
+                                            int row) {
   Place at;
+  // First of all, and all three together: the state's address hangs on them.
+  const uint32_t read_slot = issue_32(p.initial.slots, n, p.initial.slots != nullptr);
+  const uint32_t write_slot = issue_32(p.final.slots, n, p.final.slots != nullptr);
+  const uint32_t conv_slot = issue_32(p.conv.slots, n, p.conv.slots != nullptr);
   at.row = row;
-  at.sequence = item / p.value_heads;
-  at.value_head = item % p.value_heads;
-  at.head = at.value_head / (p.value_heads / p.heads);
-  const int n = at.sequence;
+  at.sequence = n;
+  at.value_head = value_head;
+  at.head = group == 1 ? value_head : value_head / group;
   at.begin = n;
   at.tokens = 1;
   at.accepted = 1;
@@ -114,9 +110,9 @@ __device__ __forceinline__ Place find_place(const KdaDecodeCudaParams& p, int it
       at.accepted = max(1, min(p.accepted[n], static_cast<int>(p.token_slot_stride)));
     }
   }
-  at.read_slot = p.initial.slots != nullptr ? p.initial.slots[n] : n;
-  at.write_slot = p.final.slots != nullptr ? p.final.slots[n] : n;
-  at.conv_slot = p.conv.slots != nullptr ? p.conv.slots[n] : n;
+  at.read_slot = p.initial.slots != nullptr ? static_cast<int>(read_slot) : n;
+  at.write_slot = p.final.slots != nullptr ? static_cast<int>(write_slot) : n;
+  at.conv_slot = p.conv.slots != nullptr ? static_cast<int>(conv_slot) : n;
   if (kMulti && p.token_slots != nullptr)
     at.read_slot = p.token_slots[n * p.token_slot_stride + at.accepted - 1];
   at.padding = (p.initial.data != nullptr ? at.read_slot : at.write_slot) < p.first_slot;

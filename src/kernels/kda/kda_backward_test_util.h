@@ -35,7 +35,9 @@ struct BackwardProblem : Problem {
   std::vector<float> d_out, d_state;
   int64_t memory_per_thread = KdaBackwardParams{}.memory_per_thread;
 
-  explicit BackwardProblem(const Shape& wanted, uint64_t seed = 1) : Problem(wanted, seed) {
+  explicit BackwardProblem(const Shape& wanted, uint64_t seed = 1)
+      : BackwardProblem(Problem(wanted, seed), seed) {}
+  explicit BackwardProblem(const Problem& problem, uint64_t seed = 1) : Problem(problem) {
     Random random(seed + 1000);
     d_out.resize(out.size());
     d_state.resize(state.size());

@@ -104,11 +104,12 @@ inline KdaReferenceGradients kda_backward_reference(const KdaParams& params, int
   }
 
   KdaReferenceGradients d;
-  d.q.resize(static_cast<size_t>(tokens * K));
-  d.k.resize(static_cast<size_t>(tokens * K));
-  d.v.resize(static_cast<size_t>(tokens * V));
-  d.gate.resize(static_cast<size_t>(tokens * channels));
-  d.beta.resize(static_cast<size_t>(tokens));
+  const auto count = static_cast<size_t>(tokens);
+  d.q.resize(count * static_cast<size_t>(K));
+  d.k.resize(count * static_cast<size_t>(K));
+  d.v.resize(count * static_cast<size_t>(V));
+  d.gate.resize(count * static_cast<size_t>(channels));
+  d.beta.resize(count);
   d.dt_bias.resize(static_cast<size_t>(channels));
   d.state.assign(d_state, d_state + size);
   for (int t = tokens - 1; t >= 0; --t) {

@@ -37,7 +37,7 @@ struct KdaBackwardCudaParams {
 // Throws Error when an argument does not fit.
 void validate(const KdaBackwardCudaParams& params);
 
-// Bytes of workspace (256-byte aligned): per 64 tokens and value head of 128 x 128 about 150 KB.
+// Bytes of workspace (256-byte aligned): per 64 tokens and value head of 128 x 128 about 165 KB.
 size_t kda_backward_cuda_workspace(const KdaBackwardCudaParams& params);
 
 // Throws Error when the arguments or the workspace do not fit, or when a launch fails.

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Last stage of the gradients on Hopper: everything of one chunk and value head, given the state S before it, the gradient
-// H of the state after it, U and dU. All chunks are independent; a block of two warpgroups each. The steps and their
+// H of the state after it, U and dU. All chunks are independent; a block of four warpgroups each. The steps and their
 // formulas are those of kda_backward_stages_test.cc:
-//     dkt = U H       dP = tril(dO U^T)    d(q D) = dO S             first warpgroup
-//     dv = A^T dU     dM = -stril(dv U^T)  d(k D) = -dv S            second warpgroup
+//     dP = tril(dO U^T)     d(q D) = dO S     dkt = U H
+//     dv = A^T dU           dM = -stril(dv U^T)     d(k D) = -dv S
 // (A with beta in its columns, as in the image) as products of warpgroups with fp32 sums. Then pairs of tokens: in
 // different sub-chunks of 16 as tf32 products, relative to the start of the row's or the end of the column's sub-chunk,
 // so that no exponent is positive; in the same sub-chunk one thread per channel, which multiplies by decays only. Then
-// gate, norms and sigmoid.
+// gate, norms and sigmoid. 16 warps, since all but the products waits for latencies.
 #pragma once
 #include "kernels/cuda/wgmma.cuh"
 #include "kernels/kda/kda_backward_prepare_sm90.cuh"
@@ -17,20 +17,22 @@ namespace kilin::cuda::backward {
 
 template <int K, int V>
 struct GradientShared {
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 512;
+  static constexpr int kStateParts = 8;
   static constexpr int kRawRow = K * 2 + 16;  // bytes of a row of q or k as they came
   static constexpr int kRawK = 0;
   static constexpr int kRawQ = kRawK + kChunk * kRawRow;
   // Tables, fp32
   static constexpr int kTotal = kRawQ + kChunk * kRawRow;  // [4][K] log2 decay of each sub-chunk
-  static constexpr int kStateSums = kTotal + 4 * K * 4;    // [4][K] sum over a quarter of the values of S H
-  static constexpr int kKeySums = kStateSums + 4 * K * 4;  // [4][K] sum over the tokens of a sub-chunk of kt dkt
+  static constexpr int kStateSums = kTotal + 4 * K * 4;    // [8][K] sum over an eighth of the values of S H
+  static constexpr int kKeySums = kStateSums + kStateParts * K * 4;  // [4][K] sum over the tokens of a sub-chunk of kt dkt
   static constexpr int kSubSums = kKeySums + 4 * K * 4;    // [4][K] gradient of g of the first token of a sub-chunk
   static constexpr int kBiasSums = kSubSums + 4 * K * 4;   // [4][K] of dt_bias
   static constexpr int kNorms = kBiasSums + 4 * K * 4;     // [2][64] 1 / |k|, 1 / |q|
   static constexpr int kValueSums = kNorms + 2 * kChunk * 4;  // [64] v . dv
-  static constexpr int kRateSums = kValueSums + kChunk * 4;   // [8] of a_log
-  static constexpr int kArena = (kRateSums + 8 * 4 + 1023) / 1024 * 1024;
+  static constexpr int kRateSums = kValueSums + kChunk * 4;   // [16] of a_log
+  static constexpr int kBarrier = kRateSums + 16 * 4;      // of the bulk copies
+  static constexpr int kArena = (kBarrier + 8 + 1023) / 1024 * 1024;
   // First the operands of the products ...
   static constexpr int kValueTile = kChunk * V * 2;
   static constexpr int kState = kArena;               // [K / 64][V][64], swizzled like all of them
@@ -55,24 +57,27 @@ struct GradientShared {
   static_assert(kBytes <= 232448);
 };
 
-// Tells dg/dx and dg/dA_log (natural logarithms) of a raw gate x with its bias, and whether log2_decay() met its bound.
-__device__ __forceinline__ void gate_slopes(KdaGate kind, float x, float rate, float lower_bound, float& slope,
-                                            float& by_a_log) {
-  if (kind == KdaGate::kNone) {
-    slope = 1.0f;
-    by_a_log = 0.0f;
-    return;
-  }
-  const float z = kind == KdaGate::kSoftplus ? x : rate * x;
-  const float e = __expf(-fabsf(z));
+// A gate with its derivatives, of a raw value x with its bias: log2 of the decay as log2_decay() makes it but not yet cut,
+// and dg/dx and dg/dA_log of its natural logarithm. Without branches, so that tokens overlap.
+struct GateSlopes {
+  float log2, by_x, by_a_log;
+};
+__device__ __forceinline__ GateSlopes gate_slopes(KdaGate kind, float x, float rate, float lower_bound) {
+  constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
+  const bool bounded = kind == KdaGate::kBounded, none = kind == KdaGate::kNone;
+  const float z = (bounded ? rate * x : x) * kLog2e;
+  const float e = fast_exp2(-fabsf(z));
   const float inverse = fast_reciprocal(1.0f + e);
-  if (kind == KdaGate::kSoftplus) {
-    slope = -rate * (z < 0.0f ? e * inverse : inverse);
-    by_a_log = -rate * (fmaxf(z, 0.0f) + log1pf(e));
-  } else {
-    slope = lower_bound * e * inverse * inverse * rate;
-    by_a_log = slope * x;
-  }
+  const float sigmoid = z < 0.0f ? e * inverse : inverse;
+  const float series = kLog2e * e * (1.0f - e * (0.5f - e * (0.33333333f - 0.25f * e)));
+  const float tail = e < 0.0625f ? series : fast_log2(1.0f + e);
+  const float soft = -rate * (fmaxf(z, 0.0f) + tail);
+  const float bounded_slope = lower_bound * e * inverse * inverse * rate;
+  GateSlopes result;
+  result.log2 = none ? z : (bounded ? lower_bound * kLog2e * sigmoid : soft);
+  result.by_x = none ? 1.0f : (bounded ? bounded_slope : -rate * sigmoid);
+  result.by_a_log = none ? 0.0f : (bounded ? bounded_slope * x : soft * kLn2);
+  return result;
 }
 
 template <class Element, int K, int V, class GateElement>
@@ -115,39 +120,38 @@ struct Gradient {
     }
   }
 
-  __device__ __forceinline__ void copy_state(int place, const void* from) const {
-    const Element* rows =
-        static_cast<const Element*>(from) + (chunk * args.inputs.value_heads + head) * static_cast<int64_t>(V) * K;
-    constexpr int kPieces = K / 8;
-#pragma unroll 4
-    for (int i = thread; i < V * kPieces; i += Shared::kThreads) {
-      const int r = i / kPieces, piece = i % kPieces;
-      const uint32_t to = (piece >> 3) * (V * 128) + r * 128 + (((piece & 7) ^ (r & 7)) << 4);
-      copy_16_async(base + place + to, rows + static_cast<int64_t>(r) * K + piece * 8, true);
-    }
-  }
-
-  __device__ __forceinline__ void copy_bytes(int place, const uint8_t* from, int bytes) const {
-    for (int i = 16 * thread; i < bytes; i += 16 * Shared::kThreads) copy_16_async(base + place + i, from + i, true);
-  }
-
+  // Images come by bulk copies, rows by cp.async.
   __device__ __forceinline__ void load() const {
     const int64_t index = chunk * args.inputs.value_heads + head;
-    const uint8_t* image = args.inputs.images + index * Image::kBytes;
+    const uint32_t barrier = base + Shared::kBarrier;
+    if (thread == 0) {
+      constexpr int kStateBytes = V * K * 2;
+      barrier_init(barrier, 1);
+      barrier_init_fence();
+      barrier_arrive_expect(barrier, Image::kSquare + 2 * Shared::kValueTile + 2 * kStateBytes);
+      bulk_load(base + Shared::kState, args.states + index * kStateBytes, kStateBytes, barrier);
+      bulk_load(base + Shared::kDState, args.d_states + index * kStateBytes, kStateBytes, barrier);
+      bulk_load(base + Shared::kA, args.inputs.images + index * Image::kBytes + Image::kA, Image::kSquare, barrier);
+      bulk_load(base + Shared::kU, args.u + index * Shared::kValueTile, Shared::kValueTile, barrier);
+      bulk_load(base + Shared::kDU, args.d_u + index * Shared::kValueTile, Shared::kValueTile, barrier);
+    }
     copy_tokens(Shared::kV, args.v, args.v_stride, static_cast<int64_t>(head) * V, V / 8);
     copy_tokens(Shared::kDOut, args.d_out, args.d_out_stride, static_cast<int64_t>(head) * V, V / 8);
-    copy_bytes(Shared::kA, image + Image::kA, Image::kSquare);
-    copy_bytes(Shared::kU, args.u + index * Shared::kValueTile, Shared::kValueTile);
-    copy_bytes(Shared::kDU, args.d_u + index * Shared::kValueTile, Shared::kValueTile);
-    copy_state(Shared::kState, args.states);
-    copy_state(Shared::kDState, args.d_states);
     const int64_t kv_head = head / (args.inputs.value_heads / args.inputs.heads);
     copy_raw(Shared::kRawK, args.inputs.k, args.inputs.k_stride, kv_head * K);
     copy_raw(Shared::kRawQ, args.inputs.q, args.inputs.q_stride, kv_head * K);
     copy_commit();
+    // the gates come later: into the second-level cache with them
+    constexpr int kLines = (K * static_cast<int>(sizeof(GateElement)) + 127) / 128;
+    if (thread < kChunk * kLines && thread / kLines < length) {
+      const GateElement* gate = static_cast<const GateElement*>(args.inputs.gate) +
+                                (first + thread / kLines) * args.inputs.gate_stride + static_cast<int64_t>(head) * K;
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(gate + thread % kLines * (128 / sizeof(GateElement))));
+    }
     copy_wait<0>();
     async_proxy_fence();
     __syncthreads();
+    barrier_wait(barrier, 0);
   }
 
   __device__ __forceinline__ float raw(int place, int token, int channel) const {
@@ -182,7 +186,7 @@ struct Gradient {
         floats(Shared::kNorms)[kChunk + r] = (args.inputs.l2norm ? rsqrtf(qq + 1e-6f) : 1.0f) * args.inputs.scale;
       }
     }
-    constexpr int kPairs = K / 2, kParts = 4;
+    constexpr int kPairs = K / 2, kParts = Shared::kStateParts;
     if (thread < kPairs * kParts) {
       const int pair = thread % kPairs, part = thread / kPairs;
       const uint32_t block = (pair >> 5) * (V * 128);
@@ -241,65 +245,109 @@ struct Gradient {
   }
   __device__ __forceinline__ uint64_t rows_of(int place) const { return swizzled_matrix(base + place, 16, 1024); }
 
-  // First warpgroup: dP, dkt and d(q D).
-  __device__ __forceinline__ void first_products() const {
-    float dp[32], d_end[K / 2], dq[K / 2];
-    uint32_t u[V / 16][4], d_out[V / 16][4];
+  __device__ __forceinline__ void load_rows(int matrix, uint32_t (&a)[V / 16][4]) const {
 #pragma unroll
-    for (int i = 0; i < V / 16; ++i) ldmatrix(d_out[i], block_address(Shared::kDOut, 16 * warp, i));
-#pragma unroll
-    for (int i = 0; i < V / 16; ++i) ldmatrix(u[i], block_address(Shared::kU, 16 * warp, i));
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < V / 16; ++i)
-      wgmma<Element, 0>(dp, d_out[i], rows_of(Shared::kU) + (i / 4) * 512 + (i % 4) * 2, i > 0);
-#pragma unroll
-    for (int i = 0; i < V / 16; ++i)
-      wgmma<Element, 1>(dq, d_out[i], columns_of(Shared::kState, V * 128) + i * 128, i > 0);
-#pragma unroll
-    for (int i = 0; i < V / 16; ++i)
-      wgmma<Element, 1>(d_end, u[i], columns_of(Shared::kDState, V * 128) + i * 128, i > 0);
-    wgmma_commit();
-    wgmma_wait<0>();
-    named_barrier(2, 256);  // all operands have been read
-    store_pairs(Shared::kDP, dp, 1.0f, 0);
-    store_rows<K / 8>(Shared::kDQ, Shared::kLd, dq, 1.0f);
-    store_rows<K / 8>(Shared::kBack, Shared::kLd, d_end, 1.0f);
+    for (int i = 0; i < V / 16; ++i) ldmatrix(a[i], block_address(matrix, 16 * (warp & 3), i));
   }
-
-  // Second warpgroup: dv, dM and d(k D).
-  __device__ __forceinline__ void second_products() const {
-    const int w = warp & 3;
-    float dk[K / 2], dm[32];
-    uint32_t packed[V / 16][4];
-    {
-      float dv[V / 2];
-      uint32_t a[4][4];
+  // d = a U^T
+  __device__ __forceinline__ void times_u(float (&d)[32], const uint32_t (&a)[V / 16][4]) const {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = 16 * i + (lane & 7) + 8 * (lane >> 4);
-        ldmatrix_trans(a[i], base + Shared::kA + swizzled(token, 2 * w + ((lane >> 3) & 1)));
-      }
-      wgmma_fence();
+    for (int i = 0; i < V / 16; ++i)
+      wgmma<Element, 0>(d, a[i], rows_of(Shared::kU) + (i / 4) * 512 + (i % 4) * 2, i > 0);
+  }
+  // 64 channels of d = a S or a H
+  __device__ __forceinline__ void times_state(float (&d)[32], const uint32_t (&a)[V / 16][4], int state, int half) const {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) wgmma<Element, 1>(dv, a[i], columns_of(Shared::kDU, 8192) + i * 128, i > 0);
-      wgmma_commit();
-      wgmma_wait<0>();
-      pack_rows<V / 8>(dv, packed);
-      value_gradients(dv, packed);
+    for (int i = 0; i < V / 16; ++i)
+      wgmma<Element, 1>(d, a[i], columns_of(state + half * V * 128, V * 128) + i * 128, i > 0);
+  }
+  // dv = A^T dU of this warp's rows, fp32 and as A operands
+  __device__ __forceinline__ void make_dv(float (&dv)[V / 2], uint32_t (&packed)[V / 16][4]) const {
+    uint32_t a[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = 16 * i + (lane & 7) + 8 * (lane >> 4);
+      ldmatrix_trans(a[i], base + Shared::kA + swizzled(token, 2 * (warp & 3) + ((lane >> 3) & 1)));
     }
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < V / 16; ++i)
-      wgmma<Element, 0>(dm, packed[i], rows_of(Shared::kU) + (i / 4) * 512 + (i % 4) * 2, i > 0);
-#pragma unroll
-    for (int i = 0; i < V / 16; ++i)
-      wgmma<Element, 1>(dk, packed[i], columns_of(Shared::kState, V * 128) + i * 128, i > 0);
+    for (int i = 0; i < 4; ++i) wgmma<Element, 1>(dv, a[i], columns_of(Shared::kDU, 8192) + i * 128, i > 0);
+    finish();
+    pack_rows<V / 8>(dv, packed);
+  }
+  __device__ __forceinline__ void finish() const {
     wgmma_commit();
     wgmma_wait<0>();
-    named_barrier(2, 256);  // all operands have been read
-    store_pairs(Shared::kDM, dm, -1.0f, 1);
-    store_rows<K / 8>(Shared::kDK, Shared::kLd, dk, -1.0f);
+  }
+  __device__ __forceinline__ void store_half(int place, const float (&d)[32], float factor, int half) const {
+    store_rows<8>(place + half * 256, Shared::kLd, d, factor);
+  }
+  // Behind it nobody reads the operands of the products any more: their place is that of the results.
+  __device__ __forceinline__ void operands_read() const { named_barrier(2, Shared::kThreads); }
+
+  // The products, shared among the warpgroups: dP, d(q D) | d(q D), dkt | dv, dM, d(k D) | dv again, d(k D), dkt. With K = 64
+  // the halves of 64 channels are all there is.
+  __device__ __forceinline__ void products() const {
+    constexpr bool kHalves = K == 128;
+    const int group = warp >> 2;
+    float x[32], y[32];
+    uint32_t a[V / 16][4];
+    if (group == 0) {
+      load_rows(Shared::kDOut, a);
+      wgmma_fence();
+      times_u(x, a);
+      times_state(y, a, Shared::kState, 0);
+      finish();
+      operands_read();
+      store_pairs(Shared::kDP, x, 1.0f, 0);
+      store_half(Shared::kDQ, y, 1.0f, 0);
+    } else if (group == 1) {
+      if constexpr (kHalves) {
+        load_rows(Shared::kDOut, a);
+        wgmma_fence();
+        times_state(x, a, Shared::kState, 1);
+        finish();
+      }
+      load_rows(Shared::kU, a);
+      wgmma_fence();
+      times_state(y, a, Shared::kDState, 0);
+      finish();
+      operands_read();
+      if constexpr (kHalves) store_half(Shared::kDQ, x, 1.0f, 1);
+      store_half(Shared::kBack, y, 1.0f, 0);
+    } else if (group == 2) {
+      {
+        float dv[V / 2];
+        make_dv(dv, a);
+        value_gradients(dv, a);
+      }
+      wgmma_fence();
+      times_u(x, a);
+      times_state(y, a, Shared::kState, 0);
+      finish();
+      operands_read();
+      store_pairs(Shared::kDM, x, -1.0f, 1);
+      store_half(Shared::kDK, y, -1.0f, 0);
+    } else {
+      if constexpr (kHalves) {
+        {
+          float dv[V / 2];
+          make_dv(dv, a);
+        }
+        wgmma_fence();
+        times_state(x, a, Shared::kState, 1);
+        finish();
+        load_rows(Shared::kU, a);
+        wgmma_fence();
+        times_state(y, a, Shared::kDState, 1);
+        finish();
+      }
+      operands_read();
+      if constexpr (kHalves) {
+        store_half(Shared::kDK, x, -1.0f, 1);
+        store_half(Shared::kBack, y, 1.0f, 1);
+      }
+    }
   }
 
   // dv on its way out, and v . dv of each row.
@@ -348,8 +396,7 @@ struct Gradient {
   // Calls body(sub-chunk, channel) for all of them, one thread each.
   template <class Body>
   __device__ __forceinline__ void each_channel(Body body) const {
-#pragma unroll 1
-    for (int s = thread / K; s < 4; s += Shared::kThreads / K) body(s, thread % K);
+    if (thread < 4 * K) body(thread / K, thread % K);
   }
 
   // Cumulative gates of each sub-chunk, and sum_j kt_j dkt_j relative to its end.
@@ -363,8 +410,8 @@ struct Gradient {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         const int token = 16 * s + i;
-        const float y = token < length ? log2_decay(args.inputs.gate_kind, x[i], c.bias, c.rate, args.inputs.lower_bound)
-                                       : 0.0f;
+        const GateSlopes gate = gate_slopes(args.inputs.gate_kind, x[i] + c.bias, c.rate, args.inputs.lower_bound);
+        const float y = token < length ? fmaxf(gate.log2, -24.0f) : 0.0f;
         sum += y;
         floats(Shared::kLocal)[token * Shared::kLd + channel] = sum;
         keys = fmaf(keys, fast_exp2(y), key(token, channel) * floats(Shared::kBack)[token * Shared::kLd + channel]);
@@ -383,8 +430,9 @@ struct Gradient {
 
   // Pairs of tokens in different sub-chunks. A warp has kN times 8 channels.
   __device__ __forceinline__ void pairs_between() const {
-    constexpr int kN = K / 64;
-    const int channel0 = warp * (K / 8);
+    constexpr int kN = 1;
+    const int channel0 = warp * 8 * kN;
+    if (channel0 >= K) return;
     const float* dp = floats(Shared::kDP);
     const float* dm = floats(Shared::kDM);
     const auto element = [&](const float* x, int i, int j) { return round_tf32(x[i * Shared::kPairLd + j]); };
@@ -592,7 +640,7 @@ struct Gradient {
       const Channel c = channel_of(channel);
       float carry = 0.0f;
 #pragma unroll
-      for (int part = 0; part < 4; ++part) carry += floats(Shared::kStateSums)[part * K + channel];
+      for (int part = 0; part < Shared::kStateParts; ++part) carry += floats(Shared::kStateSums)[part * K + channel];
       carry *= fast_exp2(between(0, 4, channel));
 #pragma unroll
       for (int r = 0; r < 4; ++r)
@@ -602,25 +650,24 @@ struct Gradient {
         carry = passes(floats(Shared::kKeySums)[r * K + channel]) ? sum + carry : sum;
       }
       float bias_sum = 0.0f;
+      GateElement* to = args.d_gate == nullptr ? nullptr
+                                               : static_cast<GateElement*>(args.d_gate) + first * args.d_gate_stride +
+                                                     static_cast<int64_t>(head) * K + channel;
       float x[16];
 #pragma unroll
       for (int i = 0; i < 16; ++i) x[i] = raw_gate(16 * s + i, channel);
 #pragma unroll
       for (int i = 15; i >= 0; --i) {
         const int token = 16 * s + i;
-        if (token >= length) continue;
-        const float y = log2_decay(args.inputs.gate_kind, x[i], c.bias, c.rate, args.inputs.lower_bound);
-        if (y <= -23.99f) carry = 0.0f;
-        const float dg = y <= -23.99f ? 0.0f : floats(Shared::kLocal)[token * Shared::kLd + channel] + carry;
-        float slope, by_a_log;
-        gate_slopes(args.inputs.gate_kind, x[i] + c.bias, c.rate, args.inputs.lower_bound, slope, by_a_log);
-        const float dx = dg == 0.0f ? 0.0f : dg * slope;
+        const GateSlopes gate = gate_slopes(args.inputs.gate_kind, x[i] + c.bias, c.rate, args.inputs.lower_bound);
+        const bool cut = gate.log2 <= -23.99f && token < length;
+        carry = cut ? 0.0f : carry;
+        const float local = floats(Shared::kLocal)[token * Shared::kLd + channel];
+        const float dg = cut || token >= length ? 0.0f : local + carry;
+        const float dx = dg == 0.0f ? 0.0f : dg * gate.by_x;
         bias_sum += dx;
-        rate_sum += dg == 0.0f ? 0.0f : dg * by_a_log;
-        if (args.d_gate != nullptr)
-          store_gate(static_cast<GateElement*>(args.d_gate) +
-                         (first + token) * args.d_gate_stride + static_cast<int64_t>(head) * K + channel,
-                     dx);
+        rate_sum += dg == 0.0f ? 0.0f : dg * gate.by_a_log;
+        if (to != nullptr && token < length) store_gate(to + token * args.d_gate_stride, dx);
       }
       floats(Shared::kBiasSums)[s * K + channel] = bias_sum;
     });
@@ -642,7 +689,7 @@ struct Gradient {
     } else if (thread == K) {
       float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < 8; ++w) sum += floats(Shared::kRateSums)[w];
+      for (int w = 0; w < Shared::kThreads / 32; ++w) sum += floats(Shared::kRateSums)[w];
       to[0] = sum;
     }
   }
@@ -706,7 +753,7 @@ struct Gradient {
 };
 
 template <class Element, int K, int V, class GateElement>
-__global__ void __launch_bounds__(256, 1) kda_gradient(const __grid_constant__ KdaGradientArgs args) {
+__global__ void __launch_bounds__(512, 1) kda_gradient(const __grid_constant__ KdaGradientArgs args) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const int head = blockIdx.x % args.inputs.value_heads;
   const int64_t chunk = blockIdx.x / args.inputs.value_heads;
@@ -728,11 +775,7 @@ __global__ void __launch_bounds__(256, 1) kda_gradient(const __grid_constant__ K
                                                       .t = lane & 3};
   gradient.load();
   gradient.norms_and_state_sums();
-  if (gradient.warp < 4) {
-    gradient.first_products();
-  } else {
-    gradient.second_products();
-  }
+  gradient.products();
   __syncthreads();
   gradient.cumulative_gates();
   __syncthreads();

@@ -20,7 +20,7 @@ struct ScanArgs {
   int64_t values_stride;
   int value_heads, value_dim;
   CudaStates from, to;  // states that the scan begins and ends with; data null: zeros, not written
-  void* states;         // [chunks][HV][V][K] elements
+  uint8_t* states;      // [chunks][HV] images [K / 64][V][64] in the 128-byte swizzle
   uint8_t* written;     // U or dU: [chunks][HV] images [V / 64][64][64] in the 128-byte swizzle
 };
 
@@ -126,15 +126,17 @@ struct Scan {
     });
   }
 
+  // S or H, rounded, to its image [K / 64][V][64] in the 128-byte swizzle
   __device__ __forceinline__ void keep_state(const uint32_t (&rounded)[kSteps][4], int c) const {
-    uint32_t* to = static_cast<uint32_t*>(args.states) +
-                   state_index(sequence.chunk + c, static_cast<int64_t>(args.value_heads) * args.value_dim * K, 0, 0) / 2;
+    uint8_t* to = args.states + ((sequence.chunk + c) * args.value_heads + head) * (int64_t{2} * K * args.value_dim) +
+                  (column + g) * 128 + 4 * t;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      to[8 * i] = rounded[i][0];
-      to[8 * i + 4 * K] = rounded[i][1];
-      to[8 * i + 4] = rounded[i][2];
-      to[8 * i + 4 * K + 4] = rounded[i][3];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int piece = ((2 * i + (j >> 1)) & 7) ^ g;
+        *reinterpret_cast<uint32_t*>(to + (i >> 2) * (args.value_dim * 128) + (j & 1) * 1024 + (piece << 4)) = rounded[i][j];
+      }
     }
   }
 

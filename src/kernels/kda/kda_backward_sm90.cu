@@ -200,7 +200,7 @@ void run_kernels(const KdaCudaParams& p, const KdaPrepareArgs& prepare_args, con
          scan_args);
   launch(kda_backward_scan<Element, K, true>, "kda_backward_scan (reverse)", pairs, 160, ScanShared<K, true>::kBytes, false,
          stream, reverse_args);
-  launch(kda_gradient<Element, K, K, GateElement>, "kda_gradient", chunks, 256, GradientShared<K, K>::kBytes, false,
+  launch(kda_gradient<Element, K, K, GateElement>, "kda_gradient", chunks, GradientShared<K, K>::kThreads, GradientShared<K, K>::kBytes, false,
          stream, gradient_args);
 }
 

@@ -68,8 +68,8 @@ struct KdaPrepareArgs {
 struct KdaGradientArgs {
   KdaLayout layout;
   KdaPrepareArgs inputs;
-  const void* states;    // [chunks][HV][V][K] before each chunk, elements
-  const void* d_states;  // after each chunk
+  const uint8_t* states;  // before each chunk: [chunks][HV] images [K / 64][V][64] in the 128-byte swizzle
+  const uint8_t* d_states;  // gradients after each chunk
   const uint8_t* u;   // [chunks][HV] images [V / 64][64][64] in the 128-byte swizzle
   const uint8_t* d_u;
   const void* v;
@@ -123,8 +123,9 @@ __device__ __forceinline__ ChunkSequence chunk_sequence(const KdaLayout& layout,
 // The first token of a chunk and the number of its tokens; false for a block beyond the last chunk.
 __device__ __forceinline__ bool locate_chunk(const KdaLayout& layout, int64_t chunk, int64_t& first, int& length) {
   if (layout.chunks == nullptr) {
-    const int64_t sequence = chunk / layout.chunks_per_sequence;
-    const int64_t offset = (chunk % layout.chunks_per_sequence) * kChunk;
+    const int number = static_cast<int>(chunk);  // a division of 64 bits costs a hundred instructions
+    const int sequence = number / layout.chunks_per_sequence;
+    const int64_t offset = static_cast<int64_t>(number % layout.chunks_per_sequence) * kChunk;
     first = sequence * layout.length + offset;
     length = static_cast<int>(min(static_cast<int64_t>(kChunk), layout.length - offset));
     return true;

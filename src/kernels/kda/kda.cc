@@ -2,12 +2,12 @@
 #include "kernels/kda/kda.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "base/error.h"
 #include "base/thread_pool.h"
+#include "kernels/cpu/scratch.h"
+#include "kernels/kda/kda_host.h"
 #include "kernels/kda/kda_isa.h"
 
 namespace kilin {
@@ -15,63 +15,10 @@ namespace {
 
 using Kernel = void (*)(const KdaParams&, const KdaTask&, float*);
 
-// One thread's scratch, grown to the largest shape it has seen (at most 1.2 MB) and kept.
-class Scratch {
- public:
-  float* floats(int64_t count) {
-    if (count > size_) {
-      memory_.reset(
-          static_cast<float*>(::operator new(static_cast<size_t>(count) * sizeof(float), kAlignment)));
-      size_ = count;
-    }
-    return memory_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(float* p) const { ::operator delete(p, kAlignment); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  int64_t size_ = 0;
-};
-
-// Products of decays run through the subnormal range, where multiplications take a hundred times longer:
-// results below 1e-38 become zero while a kernel runs.
-class FlushSubnormals {
- public:
-#if defined(__x86_64__)
-  FlushSubnormals() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(saved_ | 0x8040u); }
-  ~FlushSubnormals() { __builtin_ia32_ldmxcsr(saved_); }
-
- private:
-  unsigned saved_;
-#else
-  FlushSubnormals() {}
-#endif
-};
-
-int length_of(const KdaParams& p, int sequence) {
-  return p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence];
-}
-
-// Sequences that are not empty, longest first, so that the last tasks handed out are short ones.
-std::vector<int> order_of(const KdaParams& p) {
-  std::vector<int> order;
-  order.reserve(static_cast<size_t>(p.sequences));
-  for (int n = 0; n < p.sequences; ++n) {
-    if (length_of(p, n) > 0) order.push_back(n);
-  }
-  const auto longer = [&](int a, int b) { return length_of(p, a) > length_of(p, b); };
-  if (!std::is_sorted(order.begin(), order.end(), longer))
-    std::stable_sort(order.begin(), order.end(), longer);
-  return order;
-}
-
 // Runs the chunked kernel on sequences of at least chunk_from tokens and the recurrent one on the others.
 void run(const KdaParams& p, ThreadPool& pool, int chunk_from) {
   validate(p);
-  const std::vector<int> order = order_of(p);
+  const std::vector<int> order = kda_order(p);
   const Kernel recurrent = KILIN_DISPATCH(kda_recurrent_task);
   const Kernel chunk = KILIN_DISPATCH(kda_chunk_task);
   const int64_t pairs = static_cast<int64_t>(order.size()) * p.value_heads;
@@ -84,7 +31,7 @@ void run(const KdaParams& p, ThreadPool& pool, int chunk_from) {
   const int64_t blocks = (p.value_dim + kKdaMaxPanel - 1) / kKdaMaxPanel;
   const int64_t slices = std::clamp<int64_t>((threads + pairs - 1) / pairs, 1, blocks);
   pool.parallel_for(static_cast<int64_t>(order.size()) * groups * slices, [&](int64_t index, int) {
-    static thread_local Scratch scratch;
+    static thread_local Scratch<float> scratch;
     const FlushSubnormals flush;
     KdaTask task{};
     task.sequence = order[static_cast<size_t>(index / (groups * slices))];
@@ -93,8 +40,9 @@ void run(const KdaParams& p, ThreadPool& pool, int chunk_from) {
     task.value_begin = static_cast<int>(blocks * (index % slices) / slices * kKdaMaxPanel);
     task.value_end = static_cast<int>(blocks * (index % slices + 1) / slices * kKdaMaxPanel);
     task.value_end = std::min(task.value_end, p.value_dim);
-    const Kernel kernel = length_of(p, task.sequence) >= chunk_from ? chunk : recurrent;
-    kernel(p, task, scratch.floats(kda_scratch_floats(p.key_dim, p.value_dim, task.head_count)));
+    const Kernel kernel = kda_length(p, task.sequence) >= chunk_from ? chunk : recurrent;
+    kernel(p, task,
+           scratch.get(static_cast<size_t>(kda_scratch_floats(p.key_dim, p.value_dim, task.head_count))));
   });
 }
 
@@ -142,13 +90,13 @@ void validate(const KdaParams& p) {
   check_pointer("slots", p.slots);
   check(p.cu_seqlens[0] >= 0, "KDA: cu_seqlens[0] is {}, expected 0 or more", p.cu_seqlens[0]);
   for (int n = 0; n < p.sequences; ++n) {
-    check(length_of(p, n) >= 0, "KDA: cu_seqlens[{}] is {}, expected at least {}", n + 1, p.cu_seqlens[n + 1],
-          p.cu_seqlens[n]);
+    check(kda_length(p, n) >= 0, "KDA: cu_seqlens[{}] is {}, expected at least {}", n + 1,
+          p.cu_seqlens[n + 1], p.cu_seqlens[n]);
     check(p.slots[n] >= 0, "KDA: slots[{}] is {}, expected 0 or more", n, p.slots[n]);
   }
   std::vector<int32_t> used;
   for (int n = 0; n < p.sequences; ++n) {
-    if (length_of(p, n) > 0) used.push_back(p.slots[n]);
+    if (kda_length(p, n) > 0) used.push_back(p.slots[n]);
   }
   if (used.empty()) return;
   std::sort(used.begin(), used.end());
@@ -164,8 +112,8 @@ void kda_forward(const KdaParams& params, ThreadPool& pool) { run(params, pool, 
 double kda_chunk_flops(const KdaParams& p) {
   double flops = 0.0;
   for (int n = 0; n < p.sequences; ++n) {
-    const double length = length_of(p, n);
-    const double rest = length_of(p, n) % kKdaChunk;
+    const double length = kda_length(p, n);
+    const double rest = kda_length(p, n) % kKdaChunk;
     const double pairs = (length - rest) * (kKdaChunk - 1) / 2.0 + rest * (rest - 1.0) / 2.0;
     flops += length * (6.0 * p.key_dim * p.value_dim + 2.0 * p.key_dim + 2.0 * p.value_dim);
     flops += pairs * (5.0 * p.key_dim + 4.0 * p.value_dim);
@@ -183,8 +131,8 @@ double kda_bytes(const KdaParams& p) {
   double states = 0.0;
   double tokens = 0.0;
   for (int n = 0; n < p.sequences; ++n) {
-    states += length_of(p, n) > 0 ? 1.0 : 0.0;
-    tokens += length_of(p, n);
+    states += kda_length(p, n) > 0 ? 1.0 : 0.0;
+    tokens += kda_length(p, n);
   }
   const double gates = p.scalar_gate ? 1.0 : p.key_dim;
   const double row = 2.0 * p.heads * p.key_dim + p.value_heads * (2.0 * p.value_dim + gates + 1.0);

@@ -7,7 +7,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
-#include "kernels/kda/kda_test_util.h"
+#include "kernels/kda/kda_backward_test_util.h"
 
 namespace kilin {
 namespace {
@@ -158,6 +158,33 @@ TEST(KdaGolden, ComplexStepOfTheOracleGivesTheGoldenGradients) {
   found["dt_bias"] = {derivative("dt_bias", 5)};
   expected["dt_bias"] = {static_cast<double>(golden["grad_dt_bias"][head * kDim + 5])};
   for (const auto& [name, values] : found) EXPECT_LT(relative_error(values, expected[name]), 1e-6) << name;
+}
+
+TEST(KdaGolden, KernelsGiveTheGoldenGradients) {
+  for (const char* gate : {"softplus", "lowerbound"}) {
+    for (int tokens : {1, 65, 150}) {
+      const std::string name = std::string("kda_") + gate + "_t" + std::to_string(tokens);
+      const Golden golden = read_golden(name);
+      BackwardProblem problem(golden_problem(golden, name.find("lower") != std::string::npos, false));
+      problem.d_out = golden["d_o"];
+      problem.d_state = transposed(golden["d_final_state"], kDim, kDim);
+      for_each_isa([&](const std::string& isa) {
+        const Gradients<float> found = run_backward(problem, 2);
+        const auto expect = [&](const char* of, const std::vector<float>& d,
+                                const std::vector<float>& expected) {
+          EXPECT_LT(relative_error(d, expected), 1e-5) << name << " " << of << " " << isa;
+        };
+        expect("q", found.q, golden["grad_q"]);
+        expect("k", found.k, golden["grad_k"]);
+        expect("v", found.v, golden["grad_v"]);
+        expect("gate", found.gate, golden["grad_g_raw"]);
+        expect("beta", found.beta, golden["grad_beta"]);
+        expect("a_log", found.a_log, golden["grad_A_log"]);
+        expect("dt_bias", found.dt_bias, golden["grad_dt_bias"]);
+        expect("state", found.state, transposed(golden["grad_initial_state"], kDim, kDim));
+      });
+    }
+  }
 }
 
 }  // namespace

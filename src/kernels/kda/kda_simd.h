@@ -171,12 +171,16 @@ KILIN_INLINE void prefetch(const float* from, int64_t floats) {
   for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(from + i, 0, 2);
 }
 
-KILIN_INLINE void prefetch_row(const KdaParams& p, const Head& head, int value_begin, int value_end,
-                               int64_t token) {
-  const int64_t column = static_cast<int64_t>(head.value_head) * p.value_dim + value_begin;
+KILIN_INLINE void prefetch_keys(const KdaParams& p, const Head& head, int64_t token) {
   prefetch(head.q + token * p.q_stride, p.key_dim);
   prefetch(head.k + token * p.k_stride, p.key_dim);
   prefetch(head.gate + token * p.gate_stride, p.scalar_gate ? 1 : p.key_dim);
+}
+
+KILIN_INLINE void prefetch_row(const KdaParams& p, const Head& head, int value_begin, int value_end,
+                               int64_t token) {
+  const int64_t column = static_cast<int64_t>(head.value_head) * p.value_dim + value_begin;
+  prefetch_keys(p, head, token);
   prefetch(p.v + token * p.v_stride + column, value_end - value_begin);
   prefetch(p.out + token * p.out_stride + column, value_end - value_begin);
 }

@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+// Private to kernels/kda, compiled once per instruction set: what the gradients of a chunk need besides
+// products with the state. Its operands, the pairs of tokens inside it, and the way back through norm, gate
+// and sigmoid. The formulas are in kda_backward_isa.cc.
+#pragma once
+#include "kernels/kda/kda_backward_isa.h"
+#include "kernels/kda/kda_chunk_simd.h"
+
+namespace kilin::KILIN_ISA {
+
+// Operands and results of one chunk, rows of tokens [C][padded] unless told otherwise. Rows behind the last
+// token have zero keys and queries and a decay of 1.
+struct BackwardChunk {
+  int padded;
+  float* k;
+  float* q;
+  float* decay;     // e^g
+  float* slope;     // dg/dx of the raw gate x, without padding channels of meaning
+  float* by_a_log;  // dg/dA_log
+  float* x;         // [2 C][padded] k D, then q D
+  float* kt;        // k D_C / D
+  float* dx;        // [2 C][padded] gradients of k D, then of q D; later of k and q
+  float* dkt;       // of kt; later of g
+  float* columns;   // [3][padded][C] the same three gradients while they are summed, tokens in the lanes
+  float* total;     // [padded] D_C
+  float* d_total;   // [padded] sum over values of S (dS of the state after the chunk)
+  float* beta;      // [C]
+  float* d_beta;    // [C][kLanes] sums still spread over lanes
+  float* lower;     // [C][C] -L
+  float* pt;        // [C][C] P^T
+  float* dp;        // [2 C][C] dP, then -dL; upper triangles are of no meaning
+};
+
+// Carves arrays of floats out of one piece of memory.
+struct Carver {
+  float* next;
+  float* take(int64_t count) {
+    float* from = next;
+    next += (count + 15) / 16 * 16;
+    return from;
+  }
+};
+
+static inline BackwardChunk make_backward_chunk(Carver& memory, int padded) {
+  BackwardChunk c{};
+  const int64_t rows = static_cast<int64_t>(kC) * padded;
+  c.padded = padded;
+  c.k = memory.take(rows);
+  c.q = memory.take(rows);
+  c.decay = memory.take(rows);
+  c.slope = memory.take(rows);
+  c.by_a_log = memory.take(rows);
+  c.x = memory.take(2 * rows);
+  c.kt = memory.take(rows);
+  c.dx = memory.take(2 * rows);
+  c.dkt = memory.take(rows);
+  c.columns = memory.take(3 * rows);
+  c.total = memory.take(padded);
+  c.d_total = memory.take(padded);
+  c.beta = memory.take(kC);
+  c.d_beta = memory.take(kC * kLanes);
+  c.lower = memory.take(kC * kC);
+  c.pt = memory.take(kC * kC);
+  c.dp = memory.take(2 * kC * kC);
+  return c;
+}
+
+// Of raw gate values x (bias already added): e^g, dg/dx and dg/dA_log.
+KILIN_INLINE void gate_slope(Vec x, KdaGate kind, Vec rate, float lower_bound, Vec& decay, Vec& slope,
+                             Vec& by_a_log) {
+  const Vec one = splat(1.0f);
+  if (kind == KdaGate::kNone) {
+    decay = exp(x);
+    slope = one;
+    by_a_log = zero();
+    return;
+  }
+  const Vec z = kind == KdaGate::kSoftplus ? x : rate * x;
+  Vec y[1] = {-max(z, -z)};  // -|z|
+  exp_decay(y);
+  const Vec inverse = one / (one + y[0]);
+  Vec g[1];
+  if (kind == KdaGate::kSoftplus) {
+    g[0] = -rate * (max(x, zero()) + log1p_unit(y[0]));
+    slope = -rate * (x < zero() ? y[0] * inverse : inverse);
+    by_a_log = g[0];
+  } else {
+    const Vec bound = splat(lower_bound);
+    g[0] = bound * (z < zero() ? y[0] * inverse : inverse);
+    slope = bound * y[0] * inverse * inverse * rate;
+    by_a_log = slope * x;
+  }
+  exp_decay(g);
+  decay = g[0];
+}
+
+KILIN_INLINE void prepare_gate(const KdaParams& p, const Head& head, int64_t token, int i,
+                               const BackwardChunk& c) {
+  const float* x = head.gate + token * p.gate_stride;
+  for (int d = 0; d < c.padded; d += kLanes) {
+    Vec biased;
+    if (p.scalar_gate) {
+      biased = splat(head.bias != nullptr ? x[0] + head.bias[0] : x[0]);
+    } else {
+      biased = load_row(x, d, p.key_dim);
+      if (head.bias != nullptr) biased += load_row(head.bias, d, p.key_dim);
+    }
+    Vec decay;
+    Vec slope;
+    Vec by_a_log;
+    gate_slope(biased, p.gate_kind, head.rate, p.lower_bound, decay, slope, by_a_log);
+    store(c.decay + i * c.padded + d, decay);
+    store(c.slope + i * c.padded + d, slope);
+    store(c.by_a_log + i * c.padded + d, by_a_log);
+  }
+}
+
+// All operands of the n tokens from `token` on but L and P.
+static inline void prepare_chunk(const KdaParams& p, const Head& head, int64_t token, int n,
+                                 const BackwardChunk& c) {
+  for (int i = 0; i < n; ++i) {
+    prepare_keys(p, head, token + i, c.q + i * c.padded, c.k + i * c.padded);
+    prepare_gate(p, head, token + i, i, c);
+    c.beta[i] = prepare_beta(p, head.value_head, token + i);
+  }
+  for (int i = n; i < kC; ++i) {
+    c.beta[i] = 0.0f;
+    for (int d = 0; d < c.padded; d += kLanes) {
+      store(c.q + i * c.padded + d, zero());
+      store(c.k + i * c.padded + d, zero());
+      store(c.decay + i * c.padded + d, splat(1.0f));
+    }
+  }
+  for (int d = 0; d < c.padded; d += kLanes) {
+    Vec total = splat(1.0f);
+    for (int i = 0; i < kC; ++i) {
+      const int at = i * c.padded + d;
+      total *= load(c.decay + at);
+      store(c.x + at, load(c.k + at) * total);
+      store(c.x + kC * c.padded + at, load(c.q + at) * total);
+    }
+    store(c.total + d, total);
+    Vec rest = splat(1.0f);
+    for (int i = kC - 1; i >= 0; --i) {
+      const int at = i * c.padded + d;
+      store(c.kt + at, load(c.k + at) * rest);
+      rest *= load(c.decay + at);
+    }
+  }
+}
+
+// One vector of channels of the pairs, j <= i, in the order of the tokens: the keys are decayed to each row i
+// as in the forward pass,
+//     dq_i = D_i d(q D)_i + sum_j dP_ij k_j D_i/D_j      dk_i = D_i d(k D)_i + beta_i sum_j dL_ij k_j D_i/D_j
+// Returns sum_j kt_j dkt_j.
+KILIN_INLINE Vec pairs_forward(const BackwardChunk& c, int d) {
+  Vec key[kC];
+  Vec total = splat(1.0f);
+#pragma GCC unroll 16
+  for (int i = 0; i < kC; ++i) {
+    const int at = i * c.padded + d;
+    const Vec decay = load(c.decay + at);
+    const float* dp = c.dp + i * kC;
+    const float* dl = dp + kC * kC;
+    key[i] = load(c.k + at);
+    Vec by_p[2] = {splat(dp[i]) * key[i], zero()};
+    Vec by_l[2] = {};
+#pragma GCC unroll 16
+    for (int j = 0; j < i; ++j) {
+      key[j] *= decay;
+      by_p[j % 2] += splat(dp[j]) * key[j];
+      by_l[j % 2] += splat(dl[j]) * key[j];
+    }
+    total *= decay;
+    const Vec through_l = -(by_l[0] + by_l[1]);
+    store(c.d_beta + i * kLanes, load(c.d_beta + i * kLanes) + through_l * key[i]);
+    store(c.dx + at, load(c.dx + at) * total + splat(c.beta[i]) * through_l);
+    float* dq = c.dx + kC * c.padded + at;
+    store(dq, load(dq) * total + (by_p[0] + by_p[1]));
+  }
+  Vec sum = zero();
+#pragma GCC unroll 16
+  for (int j = 0; j < kC; ++j) sum += key[j] * load(c.dkt + j * c.padded + d);
+  return sum;
+}
+
+// The same pairs backwards: key j receives from all later rows
+//     c_j = D_C/D_j dkt_j + sum_i D_i/D_j (dP_ij q_i + beta_i dL_ij k_i)
+// by Horner's rule, so that again only decays are multiplied. Then dk_j += c_j, and the gradient of the
+// decay's logarithm is the sum over all later tokens of q dq + k (dk - 2 c), where `last` belongs to the end
+// of the chunk. Behind a decay of zero that sum is zero: rounding errors must not pass, because gates may
+// multiply them by thousands.
+KILIN_INLINE void pairs_backward(const BackwardChunk& c, int d, Vec last) {
+  Vec later[kC];
+#pragma GCC unroll 16
+  for (int j = 0; j < kC; ++j) later[j] = load(c.dkt + j * c.padded + d);
+  Vec sum = last;
+  Vec decay = splat(1.0f);
+#pragma GCC unroll 16
+  for (int i = kC - 1; i >= 0; --i) {
+    const int at = i * c.padded + d;
+    const float* dp = c.dp + i * kC;
+    const float* dl = dp + kC * kC;
+    const Vec k = load(c.k + at);
+    const Vec q = load(c.q + at);
+    const Vec row_k = k * splat(-c.beta[i]);
+#pragma GCC unroll 16
+    for (int j = 0; j < i; ++j) later[j] = later[j] * decay + splat(dp[j]) * q + splat(dl[j]) * row_k;
+    later[i] = later[i] * decay + splat(dp[i]) * q;
+    const Vec dk = load(c.dx + at);
+    const Vec dq = load(c.dx + kC * c.padded + at);
+    decay = load(c.decay + at);
+    sum += q * dq + k * (dk - later[i]);
+    sum = decay == zero() ? zero() : sum;
+    store(c.dx + at, dk + later[i]);
+    store(c.dkt + at, sum);
+  }
+}
+
+// Gradients of the raw row x from dy of y = factor x / sqrt(sum x^2 + 1e-6), or y = factor x: writes them or
+// adds them.
+KILIN_INLINE void finish_keys(const KdaParams& p, const float* raw, const float* dy, float factor, bool add,
+                              float* to) {
+  Vec xx = zero();
+  Vec xd = zero();
+  const int padded = (p.key_dim + kLanes - 1) / kLanes * kLanes;
+  for (int d = 0; d < padded; d += kLanes) {
+    const Vec x = load_row(raw, d, p.key_dim);
+    xx += x * x;
+    xd += x * load(dy + d);
+  }
+  float along = 0.0f;
+  if (p.l2norm) {
+    const Vec4 sums = reduce4(xx, xd, xd, xd);
+    const float square = 1.0f / (sums[0] + 1e-6f);
+    factor *= __builtin_sqrtf(square);
+    along = sums[1] * square;
+  }
+  for (int d = 0; d < padded; d += kLanes) {
+    const int width = p.key_dim - d < kLanes ? p.key_dim - d : kLanes;
+    Vec dx = splat(factor) * (load(dy + d) - splat(along) * load_row(raw, d, p.key_dim));
+    if (add) dx += load_part(to + d, width);
+    store_part(to + d, dx, width);
+  }
+}
+
+// Gradient of a token's raw gate from that of g, added up for a_log (a vector) and dt_bias as well.
+KILIN_INLINE void finish_gate(const KdaParams& p, const BackwardChunk& c, int i, float* to, Vec& a_log,
+                              float* bias) {
+  Vec scalar = zero();
+  for (int d = 0; d < c.padded; d += kLanes) {
+    const int at = i * c.padded + d;
+    const Vec dg = load(c.dkt + at);
+    const Vec dx = dg * load(c.slope + at);
+    // where e^g is 0, g may be so large that 0 g is no number
+    a_log += load(c.decay + at) == zero() ? zero() : dg * load(c.by_a_log + at);
+    scalar += dx;
+    if (p.scalar_gate) continue;
+    store(bias + d, load(bias + d) + dx);
+    const int width = p.key_dim - d < kLanes ? p.key_dim - d : kLanes;
+    if (to != nullptr && width > 0) store_part(to + d, dx, width);
+  }
+  if (!p.scalar_gate) return;
+  const float sum = reduce_add(scalar);
+  bias[0] += sum;
+  if (to != nullptr) to[0] = sum;
+}
+
+}  // namespace kilin::KILIN_ISA

@@ -56,7 +56,8 @@ struct Shape {
 
 inline KdaGate gate_kind(const Options& options) {
   constexpr std::array kKinds = {KdaGate::kSoftplus, KdaGate::kBounded, KdaGate::kNone};
-  check(options.gate_kind >= 0 && options.gate_kind < 3, "kda: gate_kind is {}, expected 0 to 2", options.gate_kind);
+  check(options.gate_kind >= 0 && options.gate_kind < 3, "kda: gate_kind is {}, expected 0 to 2",
+        options.gate_kind);
   return kKinds[static_cast<size_t>(options.gate_kind)];
 }
 
@@ -65,7 +66,8 @@ inline void check_sizes(const char* name, const Tensor& tensor, std::initializer
         tensor.dim(), expected.size());
   int64_t i = 0;
   for (const int64_t size : expected) {
-    check(tensor.size(i) == size, "kda: {} has size {} in dimension {}, expected {}", name, tensor.size(i), i, size);
+    check(tensor.size(i) == size, "kda: {} has size {} in dimension {}, expected {}", name, tensor.size(i), i,
+          size);
     ++i;
   }
 }
@@ -81,7 +83,8 @@ inline void check_same_device(const char* name, const Tensor& tensor, const Tens
 }
 
 // A small tensor that is read as it lies in memory.
-inline void check_plain(const char* name, const Tensor& tensor, int64_t count, ScalarType type, const Tensor& q) {
+inline void check_plain(const char* name, const Tensor& tensor, int64_t count, ScalarType type,
+                        const Tensor& q) {
   check(tensor.numel() == count, "kda: {} has {} elements, expected {}", name, tensor.numel(), count);
   check_type(name, tensor, type);
   check(tensor.is_contiguous(), "kda: {} must be contiguous", name);
@@ -91,8 +94,13 @@ inline void check_plain(const char* name, const Tensor& tensor, int64_t count, S
 inline Shape shape_of(const Inputs& in) {
   check(in.q.dim() == 4, "kda: q has {} dimensions, expected [B, T, H, K]", in.q.dim());
   check(in.v.dim() == 4, "kda: v has {} dimensions, expected [B, T, HV, V]", in.v.dim());
-  Shape s{.batch = in.q.size(0), .length = in.q.size(1), .heads = in.q.size(2), .value_heads = in.v.size(2),
-          .key_dim = in.q.size(3), .value_dim = in.v.size(3), .sequences = in.q.size(0)};
+  Shape s{.batch = in.q.size(0),
+          .length = in.q.size(1),
+          .heads = in.q.size(2),
+          .value_heads = in.v.size(2),
+          .key_dim = in.q.size(3),
+          .value_dim = in.v.size(3),
+          .sequences = in.q.size(0)};
   check_sizes("k", in.k, {s.batch, s.length, s.heads, s.key_dim});
   check_sizes("v", in.v, {s.batch, s.length, s.value_heads, s.value_dim});
   check_sizes("gate", in.gate, {s.batch, s.length, s.value_heads, s.key_dim});
@@ -107,7 +115,8 @@ inline Shape shape_of(const Inputs& in) {
     const ScalarType type = in.cu_seqlens->scalar_type();
     check(type == ScalarType::Long || type == ScalarType::Int, "kda: cu_seqlens must be int32 or int64");
     check(s.batch == 1, "kda: the batch size is {}, expected 1 with cu_seqlens", s.batch);
-    check(in.cu_seqlens->dim() == 1 && in.cu_seqlens->numel() >= 1, "kda: cu_seqlens must have N + 1 elements");
+    check(in.cu_seqlens->dim() == 1 && in.cu_seqlens->numel() >= 1,
+          "kda: cu_seqlens must have N + 1 elements");
     check(in.cu_seqlens->is_contiguous(), "kda: cu_seqlens must be contiguous");
     check_same_device("cu_seqlens", *in.cu_seqlens, in.q);
     s.sequences = in.cu_seqlens->numel() - 1;
@@ -133,11 +142,13 @@ inline int64_t token_stride(const char* name, const Tensor& tensor) {
 }
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+                                  type);
 }
 
 inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+                                  type);
 }
 
 template <class T>

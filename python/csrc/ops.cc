@@ -12,6 +12,7 @@
 
 #include "arguments.h"
 #include "base/thread_pool.h"
+#include "cpu.h"
 #include "kernels/kda/kda.h"
 
 namespace kilin::torch_ops {
@@ -50,6 +51,10 @@ Threads& threads() {
   return instance;
 }
 
+}  // namespace
+
+ThreadPool& thread_pool() { return threads().pool(); }
+
 std::vector<int32_t> sequence_bounds(const Inputs& in, const Shape& shape) {
   std::vector<int32_t> bounds(static_cast<size_t>(shape.sequences) + 1);
   for (size_t n = 0; n < bounds.size(); ++n) {
@@ -63,14 +68,14 @@ std::vector<int32_t> sequence_bounds(const Inputs& in, const Shape& shape) {
           "kda: cu_seqlens[{}] is {}, expected rising offsets up to {}", n, bound, shape.tokens());
     bounds[n] = static_cast<int32_t>(bound);
   }
-  check(bounds.front() == 0 && bounds.back() == shape.tokens(), "kda: cu_seqlens must go from 0 to {}, not {} to {}",
-        shape.tokens(), bounds.front(), bounds.back());
+  check(bounds.front() == 0 && bounds.back() == shape.tokens(),
+        "kda: cu_seqlens must go from 0 to {}, not {} to {}", shape.tokens(), bounds.front(), bounds.back());
   return bounds;
 }
 
 KdaParams cpu_params(const Inputs& in, const Shape& shape) {
-  for (const auto& [name, tensor] : {std::pair{"q", &in.q}, {"k", &in.k}, {"v", &in.v}, {"gate", &in.gate},
-                                     {"beta", &in.beta}}) {
+  for (const auto& [name, tensor] :
+       {std::pair{"q", &in.q}, {"k", &in.k}, {"v", &in.v}, {"gate", &in.gate}, {"beta", &in.beta}}) {
     check_type(name, *tensor, ScalarType::Float);
   }
   check(in.options.beta_scale == 1.0, "kda: beta_scale is {} on the CPU, expected 1", in.options.beta_scale);
@@ -102,11 +107,19 @@ KdaParams cpu_params(const Inputs& in, const Shape& shape) {
   return p;
 }
 
+std::vector<int32_t> slots_in_order(int64_t count) {
+  std::vector<int32_t> slots(static_cast<size_t>(count));
+  for (size_t n = 0; n < slots.size(); ++n) slots[n] = static_cast<int32_t>(n);
+  return slots;
+}
+
+namespace {
+
 // form 0: by length, 1: in chunks, 2: token by token
 void run(const KdaParams& params, int64_t form) {
   check(form >= 0 && form <= 2, "kda: form is {}, expected 0 to 2", form);
   constexpr std::array kForms = {kda_forward, kda_chunk, kda_recurrent};
-  kForms[static_cast<size_t>(form)](params, threads().pool());
+  kForms[static_cast<size_t>(form)](params, thread_pool());
 }
 
 // Runs 64 tokens at a time and keeps the state before each such piece.
@@ -115,6 +128,9 @@ void run_keeping_states(KdaParams params, const std::vector<int32_t>& bounds, in
   const int64_t size = params.slot_stride;
   int64_t done = 0;
   for (int32_t n = 0; n + 1 < static_cast<int32_t>(bounds.size()); ++n) {
+    // The form that the sequence as a whole would take, so that the bits are those of a plain call.
+    const int64_t by_length = bounds[n + 1] - bounds[n] < kKdaChunkFrom ? 2 : 1;
+    const int64_t piece_form = form == 0 ? by_length : form;
     for (int32_t begin = bounds[n]; begin < bounds[n + 1]; begin += kStatesEvery) {
       check(done < count, "kda: chunk_states has room for {} states, which is too few", count);
       std::memcpy(states + done * size, params.state + n * size, static_cast<size_t>(size) * sizeof(float));
@@ -123,35 +139,33 @@ void run_keeping_states(KdaParams params, const std::vector<int32_t>& bounds, in
       params.sequences = 1;
       params.cu_seqlens = piece;
       params.slots = &n;
-      run(params, form);
+      run(params, piece_form);
     }
   }
   check(done == count, "kda: there are {} chunk states, but {} were expected", done, count);
 }
 
-std::vector<int32_t> slots_in_order(int64_t count) {
-  std::vector<int32_t> slots(static_cast<size_t>(count));
-  for (size_t n = 0; n < slots.size(); ++n) slots[n] = static_cast<int32_t>(n);
-  return slots;
-}
-
 std::tuple<Tensor, Tensor, Tensor> kda_cpu(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta,
                                            OptionalTensor a_log, OptionalTensor dt_bias,
-                                           OptionalTensor initial_state, OptionalTensor cu_seqlens, double scale,
-                                           int64_t gate_kind, double lower_bound, bool l2norm, bool beta_is_logit,
-                                           double beta_scale, int64_t form, bool want_state, int64_t chunk_states) {
+                                           OptionalTensor initial_state, OptionalTensor cu_seqlens,
+                                           double scale, int64_t gate_kind, double lower_bound, bool l2norm,
+                                           bool beta_is_logit, double beta_scale, int64_t form,
+                                           bool want_state, int64_t chunk_states) {
   const Inputs in{q,       k,          v,
                   gate,    beta,       a_log,
                   dt_bias, cu_seqlens, {scale, gate_kind, lower_bound, l2norm, beta_is_logit, beta_scale}};
   const Shape shape = shape_of(in);
   KdaParams params = cpu_params(in, shape);
-  const Tensor out = empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, ScalarType::Float);
-  const std::initializer_list<int64_t> sizes = {shape.sequences, shape.value_heads, shape.value_dim, shape.key_dim};
+  const Tensor out =
+      empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, ScalarType::Float);
+  const std::initializer_list<int64_t> sizes = {shape.sequences, shape.value_heads, shape.value_dim,
+                                                shape.key_dim};
   Tensor state = zeros(q, sizes, ScalarType::Float);
   if (initial_state) {
     check_sizes("initial_state", *initial_state, sizes);
     check_plain("initial_state", *initial_state, state.numel(), ScalarType::Float, q);
-    std::memcpy(state.data_ptr(), initial_state->data_ptr(), static_cast<size_t>(state.numel()) * sizeof(float));
+    std::memcpy(state.data_ptr(), initial_state->data_ptr(),
+                static_cast<size_t>(state.numel()) * sizeof(float));
   }
   const std::vector<int32_t> bounds = sequence_bounds(in, shape);
   const std::vector<int32_t> slots = slots_in_order(shape.sequences);
@@ -159,7 +173,8 @@ std::tuple<Tensor, Tensor, Tensor> kda_cpu(Tensor q, Tensor k, Tensor v, Tensor 
   params.slots = slots.data();
   params.state = pointer<float>(state);
   params.out = pointer<float>(out);
-  Tensor kept = empty(q, {chunk_states, shape.value_heads, shape.value_dim, shape.key_dim}, ScalarType::Float);
+  Tensor kept =
+      empty(q, {chunk_states, shape.value_heads, shape.value_dim, shape.key_dim}, ScalarType::Float);
   if (chunk_states > 0) {
     run_keeping_states(params, bounds, form, pointer<float>(kept), chunk_states);
   } else {
@@ -171,9 +186,9 @@ std::tuple<Tensor, Tensor, Tensor> kda_cpu(Tensor q, Tensor k, Tensor v, Tensor 
 
 // States of a pool, read and written in place. A negative slot reads as zeros and is not written.
 Tensor kda_pool_cpu(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta, OptionalTensor a_log,
-                    OptionalTensor dt_bias, Tensor pool, Tensor slots, OptionalTensor cu_seqlens, double scale,
-                    int64_t gate_kind, double lower_bound, bool l2norm, bool beta_is_logit, double beta_scale,
-                    int64_t form) {
+                    OptionalTensor dt_bias, Tensor pool, Tensor slots, OptionalTensor cu_seqlens,
+                    double scale, int64_t gate_kind, double lower_bound, bool l2norm, bool beta_is_logit,
+                    double beta_scale, int64_t form) {
   const Inputs in{q,       k,          v,
                   gate,    beta,       a_log,
                   dt_bias, cu_seqlens, {scale, gate_kind, lower_bound, l2norm, beta_is_logit, beta_scale}};
@@ -181,13 +196,14 @@ Tensor kda_pool_cpu(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta, Opti
   KdaParams params = cpu_params(in, shape);
   check_type("pool", pool, ScalarType::Float);
   check_sizes("pool", pool, {pool.size(0), shape.value_heads, shape.value_dim, shape.key_dim});
-  check(token_stride("pool", torch::stable::unsqueeze(pool, 0)) >= shape.state_size(), "kda: pool overlaps itself");
+  check(token_stride("pool", torch::stable::unsqueeze(pool, 0)) >= shape.state_size(),
+        "kda: pool overlaps itself");
   check_plain("slots", slots, shape.sequences, ScalarType::Int, q);
   const int64_t slot_stride = pool.size(0) > 1 ? pool.stride(0) : shape.state_size();
   const int32_t* slot = pointer<int32_t>(slots);
   const std::vector<int32_t> bounds = sequence_bounds(in, shape);
-  // Named slots stay where they are; one state of zeros for every negative slot is put behind them, by copying,
-  // only when there is one.
+  // Named slots stay where they are; one state of zeros for every negative slot is put behind them, by
+  // copying, only when there is one.
   std::vector<float> gathered;
   const bool copying = std::any_of(slot, slot + shape.sequences, [](int32_t s) { return s < 0; });
   const size_t bytes = static_cast<size_t>(shape.state_size()) * sizeof(float);
@@ -198,11 +214,13 @@ Tensor kda_pool_cpu(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta, Opti
     gathered.assign(static_cast<size_t>(shape.sequences * shape.state_size()), 0.0f);
     for (int64_t n = 0; n < shape.sequences; ++n) {
       if (slot[n] < 0) continue;
-      std::memcpy(gathered.data() + n * shape.state_size(), pointer<float>(pool) + slot[n] * slot_stride, bytes);
+      std::memcpy(gathered.data() + n * shape.state_size(), pointer<float>(pool) + slot[n] * slot_stride,
+                  bytes);
     }
   }
   const std::vector<int32_t> in_order = slots_in_order(shape.sequences);
-  const Tensor out = empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, ScalarType::Float);
+  const Tensor out =
+      empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, ScalarType::Float);
   params.cu_seqlens = bounds.data();
   params.slots = copying ? in_order.data() : slot;
   params.state = copying ? gathered.data() : pointer<float>(pool);
@@ -211,7 +229,8 @@ Tensor kda_pool_cpu(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta, Opti
   run(params, form);
   for (int64_t n = 0; copying && n < shape.sequences; ++n) {
     if (slot[n] < 0) continue;
-    std::memcpy(pointer<float>(pool) + slot[n] * slot_stride, gathered.data() + n * shape.state_size(), bytes);
+    std::memcpy(pointer<float>(pool) + slot[n] * slot_stride, gathered.data() + n * shape.state_size(),
+                bytes);
   }
   return out;
 }
@@ -225,15 +244,17 @@ void set_num_threads(int64_t count) {
 }  // namespace kilin::torch_ops
 
 STABLE_TORCH_LIBRARY(kilin, m) {
-#define KILIN_TENSORS "Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta, Tensor? a_log, Tensor? dt_bias, "
-#define KILIN_OPTIONS                                                                              \
+#define KILIN_TENSORS \
+  "Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta, Tensor? a_log, Tensor? dt_bias, "
+#define KILIN_OPTIONS                                                                                    \
   "Tensor? cu_seqlens, float scale, int gate_kind, float lower_bound, bool l2norm, bool beta_is_logit, " \
   "float beta_scale"
   m.def("kda(" KILIN_TENSORS "Tensor? initial_state, " KILIN_OPTIONS
         ", int form, bool want_state, int chunk_states) -> (Tensor, Tensor, Tensor)");
   m.def("kda_pool(" KILIN_TENSORS "Tensor(a!) pool, Tensor slots, " KILIN_OPTIONS ", int form) -> Tensor");
-  m.def("kda_backward(" KILIN_TENSORS "Tensor? initial_state, " KILIN_OPTIONS
-        ", Tensor d_out, Tensor? d_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "kda_backward(" KILIN_TENSORS "Tensor? initial_state, " KILIN_OPTIONS
+      ", Tensor d_out, Tensor? d_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("set_num_threads(int count) -> ()");
 }
 

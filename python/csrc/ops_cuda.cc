@@ -37,12 +37,14 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int32_t device) {
     using Function = int32_t (*)(int32_t, void**);
-    static const auto create = reinterpret_cast<Function>(torch_cuda_function("aoti_torch_create_cuda_guard"));
+    static const auto create =
+        reinterpret_cast<Function>(torch_cuda_function("aoti_torch_create_cuda_guard"));
     check_torch(create(device, &guard_), "aoti_torch_create_cuda_guard");
   }
   ~DeviceGuard() {
     using Function = int32_t (*)(void*);
-    static const auto destroy = reinterpret_cast<Function>(torch_cuda_function("aoti_torch_delete_cuda_guard"));
+    static const auto destroy =
+        reinterpret_cast<Function>(torch_cuda_function("aoti_torch_delete_cuda_guard"));
     destroy(guard_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
@@ -54,9 +56,12 @@ class DeviceGuard {
 
 CudaType cuda_type(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return CudaType::kF32;
-    case ScalarType::Half: return CudaType::kF16;
-    case ScalarType::BFloat16: return CudaType::kBf16;
+    case ScalarType::Float:
+      return CudaType::kF32;
+    case ScalarType::Half:
+      return CudaType::kF16;
+    case ScalarType::BFloat16:
+      return CudaType::kBf16;
     default:
       fail("kda: {} is {}, expected float32, float16 or bfloat16", name,
            torch::headeronly::toString(tensor.scalar_type()));
@@ -106,17 +111,19 @@ void launch(const KdaCudaParams& params, const Tensor& q) {
 
 std::tuple<Tensor, Tensor, Tensor> kda_gpu(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta,
                                            OptionalTensor a_log, OptionalTensor dt_bias,
-                                           OptionalTensor initial_state, OptionalTensor cu_seqlens, double scale,
-                                           int64_t gate_kind, double lower_bound, bool l2norm, bool beta_is_logit,
-                                           double beta_scale, int64_t /*form*/, bool want_state,
-                                           int64_t chunk_states) {
+                                           OptionalTensor initial_state, OptionalTensor cu_seqlens,
+                                           double scale, int64_t gate_kind, double lower_bound, bool l2norm,
+                                           bool beta_is_logit, double beta_scale, int64_t /*form*/,
+                                           bool want_state, int64_t chunk_states) {
   const Inputs in{q,       k,          v,
                   gate,    beta,       a_log,
                   dt_bias, cu_seqlens, {scale, gate_kind, lower_bound, l2norm, beta_is_logit, beta_scale}};
   const Shape shape = shape_of(in);
   const DeviceGuard guard(q.get_device());
-  const Tensor out = empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, q.scalar_type());
-  const std::initializer_list<int64_t> sizes = {shape.sequences, shape.value_heads, shape.value_dim, shape.key_dim};
+  const Tensor out =
+      empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, q.scalar_type());
+  const std::initializer_list<int64_t> sizes = {shape.sequences, shape.value_heads, shape.value_dim,
+                                                shape.key_dim};
   KdaCudaParams params = cuda_params(in, shape, out);
   if (initial_state) {
     check_sizes("initial_state", *initial_state, sizes);
@@ -142,15 +149,16 @@ std::tuple<Tensor, Tensor, Tensor> kda_gpu(Tensor q, Tensor k, Tensor v, Tensor 
 }
 
 Tensor kda_pool_gpu(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta, OptionalTensor a_log,
-                    OptionalTensor dt_bias, Tensor pool, Tensor slots, OptionalTensor cu_seqlens, double scale,
-                    int64_t gate_kind, double lower_bound, bool l2norm, bool beta_is_logit, double beta_scale,
-                    int64_t /*form*/) {
+                    OptionalTensor dt_bias, Tensor pool, Tensor slots, OptionalTensor cu_seqlens,
+                    double scale, int64_t gate_kind, double lower_bound, bool l2norm, bool beta_is_logit,
+                    double beta_scale, int64_t /*form*/) {
   const Inputs in{q,       k,          v,
                   gate,    beta,       a_log,
                   dt_bias, cu_seqlens, {scale, gate_kind, lower_bound, l2norm, beta_is_logit, beta_scale}};
   const Shape shape = shape_of(in);
   const DeviceGuard guard(q.get_device());
-  const Tensor out = empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, q.scalar_type());
+  const Tensor out =
+      empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, q.scalar_type());
   KdaCudaParams params = cuda_params(in, shape, out);
   check_sizes("pool", pool, {pool.size(0), shape.value_heads, shape.value_dim, shape.key_dim});
   check_same_device("pool", pool, q);

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+// The chunked form on Hopper: workspace and launches. The kernels: kda_prepare_sm90.cuh, kda_scan_sm90.cuh.
+#include <algorithm>
+
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/device.h"
+#include "kernels/kda/kda_prepare_sm90.cuh"
+#include "kernels/kda/kda_scan_sm90.cuh"
+
+namespace kilin {
+namespace cuda {
+namespace {
+
+// Chunk tables of sequences of different lengths. One block.
+template <class Offset>
+__global__ void kda_chunk_table(const Offset* cu_seqlens, int sequences, int32_t* offsets, int64_t* starts,
+                                int64_t* chunks) {
+  __shared__ int64_t sums[32];
+  const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = thread >> 5;
+  int64_t before = 0;  // chunks of the sequences before this round
+  for (int n0 = 0; n0 < sequences; n0 += 1024) {
+    const int n = n0 + thread;
+    const int64_t length = n < sequences ? cu_seqlens[n + 1] - cu_seqlens[n] : 0;
+    const int64_t own = (length + kChunk - 1) / kChunk;
+    int64_t sum = own;
+    for (int d = 1; d < 32; d *= 2) {
+      const int64_t other = __shfl_up_sync(~0u, sum, d);
+      if (lane >= d) sum += other;
+    }
+    if (lane == 31) sums[warp] = sum;
+    __syncthreads();
+    int64_t total = 0;
+    for (int w = 0; w < 32; ++w) {
+      if (w == warp) sum += total;
+      total += sums[w];
+    }
+    if (n < sequences) {
+      offsets[n] = static_cast<int32_t>(before + sum - own);
+      starts[n] = cu_seqlens[n];
+    }
+    before += total;
+    __syncthreads();
+  }
+  if (thread == 0) {
+    offsets[sequences] = static_cast<int32_t>(before);
+    starts[sequences] = cu_seqlens[sequences];
+  }
+  __syncthreads();
+  for (int n = warp; n < sequences; n += 32) {
+    const int64_t length = starts[n + 1] - starts[n];
+    for (int64_t c = lane; c * kChunk < length; c += 32) {
+      const int64_t tokens = min(length - c * kChunk, static_cast<int64_t>(kChunk));
+      chunks[offsets[n] + c] = (starts[n] + c * kChunk) | ((tokens - 1) << 56);
+    }
+  }
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+size_t aligned(int64_t bytes) { return static_cast<size_t>(divide_up(bytes, 256) * 256); }
+
+// Upper bound of the number of chunks.
+int64_t chunk_bound(const KdaCudaParams& p) {
+  if (p.sequences == 0) return 0;
+  if (p.cu_seqlens == nullptr) return p.sequences * divide_up(p.tokens / p.sequences, kChunk);
+  return p.tokens / kChunk + std::min<int64_t>(p.sequences, p.tokens);
+}
+
+int64_t image_bytes(const KdaCudaParams& p) {
+  return p.key_dim == 64 ? KdaImage<64>::kBytes : KdaImage<128>::kBytes;
+}
+
+struct Workspace {
+  size_t offsets, starts, chunks, images, bytes;
+  explicit Workspace(const KdaCudaParams& p) {
+    const bool table = p.cu_seqlens != nullptr;
+    offsets = 0;
+    starts = offsets + (table ? aligned((p.sequences + 1) * 4) : 0);
+    chunks = starts + (table ? aligned((p.sequences + 1) * 8) : 0);
+    images = chunks + (table ? aligned(chunk_bound(p) * 8) : 0);
+    bytes = images + aligned(chunk_bound(p) * p.value_heads * image_bytes(p));
+  }
+};
+
+template <class Kernel, class Args>
+void launch(Kernel* kernel, const char* name, int64_t blocks, int threads, int shared_bytes, bool overlap,
+            cudaStream_t stream, const Args& args) {
+  if (blocks == 0) return;
+  check(blocks < (int64_t{1} << 31), "{}: {} blocks are too many for one launch", name, blocks);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+             "{}: {} bytes of shared memory", name, shared_bytes);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, args), "launch of {}", name);
+}
+
+template <class Element, int K, class GateElement>
+void prepare(const KdaCudaParams& p, const KdaPrepareArgs& args, cudaStream_t stream) {
+  launch(kda_prepare<Element, K, GateElement>, "kda_prepare", chunk_bound(p) * p.value_heads, 128,
+         PrepareShared<K>::kBytes, false, stream, args);
+}
+
+template <class Element, int K>
+void run(const KdaCudaParams& p, const KdaPrepareArgs& first, const KdaScanArgs& second, cudaStream_t stream) {
+  if (p.gate_type == CudaType::kF32) {
+    prepare<Element, K, float>(p, first, stream);
+  } else {
+    prepare<Element, K, Element>(p, first, stream);
+  }
+  const int64_t pairs = static_cast<int64_t>(p.sequences) * p.value_heads;
+  if (p.value_dim == 64 || 2 * pairs <= cuda_device().multiprocessors) {
+    launch(kda_scan<Element, K, 1>, "kda_scan", pairs * (p.value_dim / 64), 256, ScanShared<K, 1>::kBytes, true, stream,
+           second);
+  } else {
+    launch(kda_scan<Element, K, 2>, "kda_scan", pairs, 384, ScanShared<K, 2>::kBytes, true, stream, second);
+  }
+}
+
+}  // namespace
+}  // namespace cuda
+
+size_t kda_chunk_cuda_workspace(const KdaCudaParams& params) {
+  validate(params);
+  return cuda::Workspace(params).bytes;
+}
+
+void kda_chunk_cuda(const KdaCudaParams& p, void* workspace, size_t workspace_bytes, CUstream_st* stream) {
+  validate(p);
+  const cuda::Workspace place(p);
+  check(workspace_bytes >= place.bytes, "kda_chunk_cuda: workspace of {} bytes, expected {}", workspace_bytes,
+        place.bytes);
+  check(reinterpret_cast<uintptr_t>(workspace) % 256 == 0, "kda_chunk_cuda: the workspace must be aligned to 256 bytes");
+  if (p.sequences == 0) return;
+  uint8_t* base = static_cast<uint8_t*>(workspace);
+  cuda::KdaLayout layout{};
+  layout.sequences = p.sequences;
+  if (p.cu_seqlens == nullptr) {
+    layout.length = p.tokens / p.sequences;
+    layout.chunks_per_sequence = static_cast<int>(cuda::divide_up(layout.length, cuda::kChunk));
+  } else {
+    int32_t* offsets = reinterpret_cast<int32_t*>(base + place.offsets);
+    int64_t* starts = reinterpret_cast<int64_t*>(base + place.starts);
+    int64_t* chunks = reinterpret_cast<int64_t*>(base + place.chunks);
+    if (p.wide_seqlens) {
+      cuda::kda_chunk_table<<<1, 1024, 0, stream>>>(static_cast<const int64_t*>(p.cu_seqlens), p.sequences, offsets,
+                                                    starts, chunks);
+    } else {
+      cuda::kda_chunk_table<<<1, 1024, 0, stream>>>(static_cast<const int32_t*>(p.cu_seqlens), p.sequences, offsets,
+                                                    starts, chunks);
+    }
+    check_launch("kda_chunk_table");
+    layout.offsets = offsets;
+    layout.starts = starts;
+    layout.chunks = chunks;
+  }
+  const cuda::KdaPrepareArgs first{.layout = layout,
+                                   .q = p.q.data,
+                                   .k = p.k.data,
+                                   .gate = p.gate.data,
+                                   .beta = p.beta.data,
+                                   .q_stride = p.q.stride,
+                                   .k_stride = p.k.stride,
+                                   .gate_stride = p.gate.stride,
+                                   .beta_stride = p.beta.stride,
+                                   .a_log = p.a_log,
+                                   .dt_bias = p.gate_kind == KdaGate::kNone ? nullptr : p.dt_bias,
+                                   .heads = p.heads,
+                                   .value_heads = p.value_heads,
+                                   .gate_kind = p.gate_kind,
+                                   .beta_type = p.beta_type,
+                                   .l2norm = p.l2norm,
+                                   .beta_is_logit = p.beta_is_logit,
+                                   .beta_scale = p.beta_scale,
+                                   .lower_bound = p.lower_bound,
+                                   .scale = p.scale,
+                                   .images = base + place.images};
+  const cuda::KdaScanArgs second{.layout = layout,
+                                 .images = base + place.images,
+                                 .v = p.v.data,
+                                 .v_stride = p.v.stride,
+                                 .out = p.out,
+                                 .out_stride = p.out_stride,
+                                 .value_heads = p.value_heads,
+                                 .value_dim = p.value_dim,
+                                 .initial = p.initial,
+                                 .final = p.final,
+                                 .chunk_states = p.chunk_states,
+                                 .chunk_state_type = p.chunk_state_type};
+  if (p.type == CudaType::kBf16) {
+    p.key_dim == 128 ? cuda::run<__nv_bfloat16, 128>(p, first, second, stream)
+                     : cuda::run<__nv_bfloat16, 64>(p, first, second, stream);
+  } else {
+    p.key_dim == 128 ? cuda::run<__half, 128>(p, first, second, stream) : cuda::run<__half, 64>(p, first, second, stream);
+  }
+}
+
+}  // namespace kilin

@@ -4,12 +4,18 @@
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "base/float16.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/types.h"
 
 namespace kilin {
 
@@ -50,6 +56,84 @@ class GpuArray {
   T* data_ = nullptr;
   size_t size_ = 0;
 };
+
+// Host values in one of the GPU's types, with their rounded values in double and a copy on the device.
+class TypedArray {
+ public:
+  TypedArray() = default;
+  TypedArray(CudaType type, std::vector<double> values) : type_(type), values_(std::move(values)) {
+    std::vector<uint8_t> bytes(values_.size() * cuda_size(type));
+    for (size_t i = 0; i < values_.size(); ++i) values_[i] = write(bytes.data(), i, values_[i]);
+    device_ = GpuArray<uint8_t>(bytes);
+  }
+  const std::vector<double>& values() const { return values_; }
+  double operator[](int64_t i) const { return values_[static_cast<size_t>(i)]; }
+  CudaType type() const { return type_; }
+  void* data() const { return device_.data(); }
+  std::vector<uint8_t> bytes() const { return device_.host(); }
+  void assign(const std::vector<uint8_t>& bytes) { device_.assign(bytes); }
+  // What is on the device now.
+  std::vector<double> now() const {
+    const std::vector<uint8_t> raw = bytes();
+    std::vector<double> result(values_.size());
+    for (size_t i = 0; i < result.size(); ++i) result[i] = read(raw.data(), i);
+    return result;
+  }
+
+ private:
+  double read(const uint8_t* data, size_t i) const {
+    if (type_ == CudaType::kF32) return at<float>(data, i);
+    if (type_ == CudaType::kF16) return to_float(at<Float16>(data, i));
+    return to_float(at<BFloat16>(data, i));
+  }
+  double write(uint8_t* data, size_t i, double value) const {
+    const float single = static_cast<float>(value);
+    if (type_ == CudaType::kF32) {
+      std::memcpy(data + 4 * i, &single, 4);
+    } else {
+      const uint16_t bits = type_ == CudaType::kF16 ? to_float16(single).bits : to_bfloat16(single).bits;
+      std::memcpy(data + 2 * i, &bits, 2);
+    }
+    return read(data, i);
+  }
+  template <class T>
+  static T at(const uint8_t* data, size_t i) {
+    T value;
+    std::memcpy(&value, data + i * sizeof(T), sizeof(T));
+    return value;
+  }
+
+  CudaType type_ = CudaType::kF32;
+  std::vector<double> values_;
+  GpuArray<uint8_t> device_;
+};
+
+// |got - expected| / |expected| over all values; infinite when a value is not finite. `scale` joins
+// |expected|, for gradients that may vanish.
+inline double relative_error(const std::vector<double>& got, const std::vector<double>& expected,
+                             double scale = 0) {
+  double error = 0;
+  double norm = scale * scale;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    if (!std::isfinite(got[i])) return std::numeric_limits<double>::infinity();
+    error += (got[i] - expected[i]) * (got[i] - expected[i]);
+    norm += expected[i] * expected[i];
+  }
+  return norm > 0 ? std::sqrt(error / norm) : std::sqrt(error);
+}
+
+// For failure messages: where the two differ most.
+inline std::string worst(const std::vector<double>& got, const std::vector<double>& expected) {
+  size_t at = 0;
+  double most = -1;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double error =
+        std::isfinite(got[i]) ? std::abs(got[i] - expected[i]) : std::numeric_limits<double>::infinity();
+    if (error > most) most = error, at = i;
+  }
+  if (expected.empty()) return "nothing";
+  return fmt::format("at {} of {}: {} instead of {}", at, expected.size(), got[at], expected[at]);
+}
 
 // Skips where no Hopper GPU is there, unless KILIN_REQUIRE_GPU is set: then that is a failure.
 class GpuTest : public testing::Test {

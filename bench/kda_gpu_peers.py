@@ -27,12 +27,13 @@ class Kilin:
         if not kilin.cuda_available():
             raise ImportError("this build of kilin has no CUDA kernels")
         self.ops = kilin.fla
+        self.recurrent = kilin.fla.fused_recurrent_kda_fwd
 
     def forward(self, x):
         return call_fla_like(self.ops.chunk_kda, x)
 
     def decode(self, x, pool, indices):
-        raise Unsupported("kilin has no CUDA decode kernel yet")
+        return decode_like_fla(self.recurrent, x, pool, indices)
 
 
 class Fla:
@@ -53,12 +54,7 @@ class Fla:
         return call_fla_like(self.ops.chunk_kda, x)
 
     def decode(self, x, pool, indices):
-        """The way vLLM calls it: state pool in place."""
-        return self.recurrent(
-            q=x.q, k=x.k, v=x.v, g=x.g, beta=x.beta, A_log=x.a_log, dt_bias=x.dt_bias, initial_state=pool,
-            scale=x.scale, inplace_final_state=True, state_v_first=True, cu_seqlens=x.cu_seqlens,
-            ssm_state_indices=indices, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
-            use_beta_sigmoid_in_kernel=True, lower_bound=x.lower_bound if x.gate == "bounded" else None)[0]
+        return decode_like_fla(self.recurrent, x, pool, indices)
 
 
 def call_fla_like(chunk_kda, x):
@@ -72,6 +68,15 @@ def call_fla_like(chunk_kda, x):
     return chunk_kda(x.q, x.k, x.v, x.g, x.beta, scale=x.scale, initial_state=x.initial_state,
                      output_final_state=True, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True,
                      state_v_first=True, cu_seqlens=x.cu_seqlens, **kwargs)
+
+
+def decode_like_fla(fused_recurrent_kda_fwd, x, pool, indices):
+    """The way vLLM calls it: state pool in place."""
+    return fused_recurrent_kda_fwd(
+        q=x.q, k=x.k, v=x.v, g=x.g, beta=x.beta, A_log=x.a_log, dt_bias=x.dt_bias, initial_state=pool,
+        scale=x.scale, inplace_final_state=True, state_v_first=True, cu_seqlens=x.cu_seqlens,
+        ssm_state_indices=indices, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True, lower_bound=x.lower_bound if x.gate == "bounded" else None)[0]
 
 
 class FlashKda:

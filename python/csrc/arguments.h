@@ -141,6 +141,20 @@ inline int64_t token_stride(const char* name, const Tensor& tensor) {
   return stride;
 }
 
+// Elements from one slot of a pool [slots, HV, V, K] to the next.
+inline int64_t pool_stride(const Tensor& pool, const Shape& shape) {
+  check(pool.dim() == 4, "kda: pool has {} dimensions, expected [slots, HV, V, K]", pool.dim());
+  check_sizes("pool", pool, {pool.size(0), shape.value_heads, shape.value_dim, shape.key_dim});
+  int64_t row = 1;
+  for (int64_t i = 3; i >= 1; --i) {
+    check(pool.size(i) == 1 || pool.stride(i) == row, "kda: within a slot the pool must be contiguous");
+    row *= pool.size(i);
+  }
+  if (pool.size(0) <= 1) return row;
+  check(pool.stride(0) >= row, "kda: the slots of the pool overlap");
+  return pool.stride(0);
+}
+
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
                                   type);

@@ -184,39 +184,37 @@ std::tuple<Tensor, Tensor, Tensor> kda_cpu(Tensor q, Tensor k, Tensor v, Tensor 
   return {out, state, kept};
 }
 
-// States of a pool, read and written in place. A negative slot reads as zeros and is not written.
+// States of a pool, read and written in place. A sequence whose slot is below first_slot is padding: its
+// outputs are zeros.
 Tensor kda_pool_cpu(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta, OptionalTensor a_log,
-                    OptionalTensor dt_bias, Tensor pool, Tensor slots, OptionalTensor cu_seqlens,
-                    double scale, int64_t gate_kind, double lower_bound, bool l2norm, bool beta_is_logit,
-                    double beta_scale, int64_t form) {
+                    OptionalTensor dt_bias, Tensor pool, Tensor slots, OptionalTensor accepted,
+                    OptionalTensor cu_seqlens, double scale, int64_t gate_kind, double lower_bound,
+                    bool l2norm, bool beta_is_logit, double beta_scale, int64_t form, int64_t first_slot) {
   const Inputs in{q,       k,          v,
                   gate,    beta,       a_log,
                   dt_bias, cu_seqlens, {scale, gate_kind, lower_bound, l2norm, beta_is_logit, beta_scale}};
   const Shape shape = shape_of(in);
   KdaParams params = cpu_params(in, shape);
+  check(!accepted && slots.dim() == 1, "kda: a slot per token is for CUDA tensors only");
+  check(first_slot >= 0, "kda: first_slot is {}, expected 0 or more", first_slot);
   check_type("pool", pool, ScalarType::Float);
-  check_sizes("pool", pool, {pool.size(0), shape.value_heads, shape.value_dim, shape.key_dim});
-  check(token_stride("pool", torch::stable::unsqueeze(pool, 0)) >= shape.state_size(),
-        "kda: pool overlaps itself");
+  const int64_t slot_stride = pool_stride(pool, shape);
   check_plain("slots", slots, shape.sequences, ScalarType::Int, q);
-  const int64_t slot_stride = pool.size(0) > 1 ? pool.stride(0) : shape.state_size();
-  const int32_t* slot = pointer<int32_t>(slots);
   const std::vector<int32_t> bounds = sequence_bounds(in, shape);
-  // Named slots stay where they are; one state of zeros for every negative slot is put behind them, by
-  // copying, only when there is one.
-  std::vector<float> gathered;
-  const bool copying = std::any_of(slot, slot + shape.sequences, [](int32_t s) { return s < 0; });
-  const size_t bytes = static_cast<size_t>(shape.state_size()) * sizeof(float);
+  // The kernel wants a slot for every sequence: padding gets an empty state behind the pool's, for which the
+  // named states are gathered and scattered again. Without padding they stay where they are.
+  const int32_t* slot = pointer<int32_t>(slots);
   for (int64_t n = 0; n < shape.sequences; ++n) {
     check(slot[n] < pool.size(0), "kda: slots[{}] is {}, but the pool has {}", n, slot[n], pool.size(0));
   }
-  if (copying) {
-    gathered.assign(static_cast<size_t>(shape.sequences * shape.state_size()), 0.0f);
-    for (int64_t n = 0; n < shape.sequences; ++n) {
-      if (slot[n] < 0) continue;
-      std::memcpy(gathered.data() + n * shape.state_size(), pointer<float>(pool) + slot[n] * slot_stride,
-                  bytes);
-    }
+  const auto padding = [&](int64_t n) { return slot[n] < first_slot; };
+  bool copying = false;
+  for (int64_t n = 0; n < shape.sequences; ++n) copying = copying || padding(n);
+  const auto state_of = [&](int64_t n) { return pointer<float>(pool) + slot[n] * slot_stride; };
+  const int64_t size = shape.state_size();
+  std::vector<float> gathered(copying ? static_cast<size_t>(shape.sequences * size) : 0);
+  for (int64_t n = 0; copying && n < shape.sequences; ++n) {
+    if (!padding(n)) std::copy_n(state_of(n), size, gathered.data() + n * size);
   }
   const std::vector<int32_t> in_order = slots_in_order(shape.sequences);
   const Tensor out =
@@ -224,13 +222,16 @@ Tensor kda_pool_cpu(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta, Opti
   params.cu_seqlens = bounds.data();
   params.slots = copying ? in_order.data() : slot;
   params.state = copying ? gathered.data() : pointer<float>(pool);
-  params.slot_stride = copying ? shape.state_size() : slot_stride;
+  params.slot_stride = copying ? size : slot_stride;
   params.out = pointer<float>(out);
   run(params, form);
   for (int64_t n = 0; copying && n < shape.sequences; ++n) {
-    if (slot[n] < 0) continue;
-    std::memcpy(pointer<float>(pool) + slot[n] * slot_stride, gathered.data() + n * shape.state_size(),
-                bytes);
+    if (padding(n)) {
+      std::fill(params.out + bounds[n] * shape.value_row(), params.out + bounds[n + 1] * shape.value_row(),
+                0.0f);
+    } else {
+      std::copy_n(gathered.data() + n * size, size, state_of(n));
+    }
   }
   return out;
 }
@@ -251,7 +252,8 @@ STABLE_TORCH_LIBRARY(kilin, m) {
   "float beta_scale"
   m.def("kda(" KILIN_TENSORS "Tensor? initial_state, " KILIN_OPTIONS
         ", int form, bool want_state, int chunk_states) -> (Tensor, Tensor, Tensor)");
-  m.def("kda_pool(" KILIN_TENSORS "Tensor(a!) pool, Tensor slots, " KILIN_OPTIONS ", int form) -> Tensor");
+  m.def("kda_pool(" KILIN_TENSORS "Tensor(a!) pool, Tensor slots, Tensor? accepted, " KILIN_OPTIONS
+        ", int form, int first_slot) -> Tensor");
   m.def(
       "kda_backward(" KILIN_TENSORS "Tensor? initial_state, " KILIN_OPTIONS
       ", Tensor d_out, Tensor? d_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

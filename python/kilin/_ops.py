@@ -10,7 +10,8 @@ import torch
 from . import _library
 
 SOFTPLUS, BOUNDED, NONE = 0, 1, 2  # gate kinds
-BY_LENGTH, CHUNK, RECURRENT = 0, 1, 2  # forms on the CPU; on the GPU there is one
+# Forms. BY_LENGTH: on the CPU by the length of each sequence, on the GPU in chunks, for pools token by token.
+BY_LENGTH, CHUNK, RECURRENT = 0, 1, 2
 CHUNK_STATES_EVERY = 64  # tokens between the states that chunk_states asks for
 
 kda_op = torch.ops.kilin.kda.default
@@ -72,7 +73,11 @@ torch.library.register_autograd("kilin::kda", _backward, setup_context=_setup_co
 
 
 def evenly_spaced(x):
-    """x, copied only if its tokens [B, T, ...] are not evenly spaced rows, which is what the kernels read."""
+    """x, copied only if its tokens [B, T, ...] are not evenly spaced rows, which is what the kernels read (on the GPU
+    16 bytes at a time; beta, with three dimensions, is read by itself)."""
+    if x.is_cuda and x.dim() == 4 and (x.storage_offset() * x.element_size() % 16 or
+                                       x.stride(1) * x.element_size() % 16):
+        return x.clone(memory_format=torch.contiguous_format)
     row = 1
     for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:])):
         if size != 1 and stride != row:
@@ -107,6 +112,8 @@ def prepare(q, k, v, gate, beta, a_log, dt_bias, gate_kind, beta_is_logit, beta_
             beta_is_logit, beta_scale = False, 1.0
     elif q.dtype == torch.float32:
         raise TypeError("kilin: q is float32, but the CUDA kernels take bfloat16 and float16")
+    elif gate.dtype not in (q.dtype, torch.float32):
+        gate = gate.to(torch.float32)
     q, k, v, gate, beta = (evenly_spaced(x) for x in (q, k, v, gate, beta))
     return q, k, v, gate, beta, a_log, dt_bias, beta_is_logit, beta_scale
 
@@ -132,14 +139,26 @@ def kda(q, k, v, gate, beta, *, a_log=None, dt_bias=None, scale=None, initial_st
     return out.to(dtype), state, kept.to(dtype)
 
 
-def kda_pool(q, k, v, gate, beta, pool, slots, *, a_log=None, dt_bias=None, scale=None, cu_seqlens=None,
-             gate_kind=NONE, lower_bound=-5.0, l2norm=False, beta_is_logit=False, beta_scale=1.0, form=BY_LENGTH):
-    """kda() on a pool of states [slots, HV, V, K], read and updated in place: sequence n has slot slots[n] (int32);
-    a negative slot reads as zeros and is not written. Two sequences must not share a slot. No gradient."""
+def kda_pool(q, k, v, gate, beta, pool, slots, *, accepted=None, a_log=None, dt_bias=None, scale=None,
+             cu_seqlens=None, gate_kind=NONE, lower_bound=-5.0, l2norm=False, beta_is_logit=False, beta_scale=1.0,
+             form=BY_LENGTH, first_slot=0):
+    """kda() on a pool of states [slots, HV, V, K], read and updated in place: sequence n has slot slots[n]. A slot
+    below first_slot is padding: its outputs are zeros, its state is untouched. Two sequences must not share a slot.
+    pool: float32, on the GPU also bfloat16. No gradient.
+    Speculation, on the GPU: slots [N, S] has a slot for the state after each token, and accepted [N] is the number of
+    tokens of the last call that were accepted; sequence n starts from slot slots[n, accepted[n] - 1]."""
+    if not q.is_cuda and (accepted is not None or slots.dim() != 1):
+        raise NotImplementedError("kilin: a slot per token (speculation) is there for CUDA tensors only")
+    if q.is_cuda and (q.shape[-1] != v.shape[-1] or q.shape[-1] not in (64, 128)):
+        raise NotImplementedError("kilin: pools on CUDA have K = V of 64 or 128, got "
+                                  f"{q.shape[-1]} and {v.shape[-1]}")
     dtype = q.dtype
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v, gate, beta, a_log, dt_bias, beta_is_logit, beta_scale = prepare(
         q, k, v, gate, beta, a_log, dt_bias, gate_kind, beta_is_logit, beta_scale)
-    out = kda_pool_op(q, k, v, gate, beta, a_log, dt_bias, pool, slots.to(torch.int32).contiguous(), cu_seqlens,
-                      scale, gate_kind, float(lower_bound), l2norm, beta_is_logit, float(beta_scale), form)
+    if accepted is not None:
+        accepted = accepted.to(torch.int32).contiguous()
+    out = kda_pool_op(q, k, v, gate, beta, a_log, dt_bias, pool, slots.to(torch.int32).contiguous(), accepted,
+                      cu_seqlens, scale, gate_kind, float(lower_bound), l2norm, beta_is_logit, float(beta_scale),
+                      form, first_slot)
     return out.to(dtype)

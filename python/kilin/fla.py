@@ -179,8 +179,9 @@ def fused_recurrent_kda(q, k, v, g, beta, A_log=None, dt_bias=None, scale=None, 
                         output_final_state=False, use_qk_l2norm_in_kernel=False, use_gate_in_kernel=False,
                         use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, lower_bound=None,
                         state_v_first=False, cu_seqlens=None, **kwargs):
-    """FLA's fused_recurrent_kda. Shapes as chunk_kda. On the CPU token by token; on the GPU the chunked form, which
-    computes the same function. The state of an empty sequence is its initial state (FLA leaves it undefined)."""
+    """FLA's fused_recurrent_kda, token by token. Shapes as chunk_kda; on the GPU, where K is not V after rounding up to
+    64 or 128, in chunks, which is the same function. The state of an empty sequence is its initial state (FLA leaves it
+    undefined)."""
     state_v_first = _pop_transpose(kwargs, state_v_first)
     _refuse_unknown("fused_recurrent_kda", kwargs)
     _check(q, k, v, g, beta, initial_state, cu_seqlens, state_v_first, allow_neg_eigval, use_beta_sigmoid_in_kernel)
@@ -197,32 +198,41 @@ def fused_recurrent_kda_fwd(q, k, v, g, beta, A_log=None, dt_bias=None, initial_
                             ssm_state_indices=None, num_accepted_tokens=None, use_qk_l2norm_in_kernel=False,
                             use_gate_in_kernel=False, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False,
                             lower_bound=None, out=None, **kwargs):
-    """FLA's inner function. With ssm_state_indices [N], initial_state is a pool of states [slots, HV, V, K]
-    (state_v_first) that is read and updated in place. Refused: a pool in the layout K x V, one state per token
-    (two-dimensional indices, sequences of several tokens without inplace_final_state) and num_accepted_tokens."""
+    """FLA's inner function. With ssm_state_indices [N] (on the GPU also [N, S], a slot for the state after each token,
+    with num_accepted_tokens [N]), initial_state is a pool of states that is read and updated in place; a pool in the
+    layout K x V is gathered, turned and scattered again, so prefer state_v_first. Refused: a pool without
+    inplace_final_state."""
     _refuse_unknown("fused_recurrent_kda_fwd", kwargs)
     options = dict(A_log=A_log, dt_bias=dt_bias, scale=scale, cu_seqlens=cu_seqlens,
                    use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
                    use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval,
                    lower_bound=lower_bound)
-    if num_accepted_tokens is not None:
-        raise NotImplementedError("kilin: fused_recurrent_kda_fwd does not do num_accepted_tokens (speculation)")
+    if inplace_final_state and initial_state is None:
+        raise ValueError("inplace_final_state needs an initial_state")
     if ssm_state_indices is None:
+        if num_accepted_tokens is not None:
+            raise ValueError("num_accepted_tokens needs ssm_state_indices")
         o, state = fused_recurrent_kda(q, k, v, g, beta, initial_state=initial_state,
                                        output_final_state=output_final_state or inplace_final_state,
                                        state_v_first=state_v_first, **options)
         if inplace_final_state:
-            if initial_state is None:
-                raise ValueError("inplace_final_state needs an initial_state")
             state = initial_state.copy_(state)
+    elif not inplace_final_state:
+        raise NotImplementedError("kilin: fused_recurrent_kda_fwd updates a pool (ssm_state_indices) in place only")
+    elif not state_v_first:
+        if ssm_state_indices.dim() != 1 or num_accepted_tokens is not None:
+            raise NotImplementedError("kilin: num_accepted_tokens and a slot per token need state_v_first=True")
+        slots = ssm_state_indices.long()
+        o, new = fused_recurrent_kda(q, k, v, g, beta, initial_state=initial_state[slots].float(),
+                                     output_final_state=True, **options)
+        initial_state[slots] = new.to(initial_state.dtype)
+        state = initial_state
     else:
-        if not state_v_first or not inplace_final_state or ssm_state_indices.dim() != 1:
-            raise NotImplementedError("kilin: fused_recurrent_kda_fwd takes ssm_state_indices [N] with "
-                                      "state_v_first=True and inplace_final_state=True only")
         _check(q, k, v, g, beta, None, cu_seqlens, True, allow_neg_eigval, use_beta_sigmoid_in_kernel)
         o = _ops.kda_pool(
-            q, k, v, g, beta, initial_state, ssm_state_indices, a_log=A_log, dt_bias=dt_bias, scale=scale,
-            cu_seqlens=cu_seqlens, gate_kind=_gate(use_gate_in_kernel, A_log, lower_bound),
+            q, k, v, g, beta, initial_state, ssm_state_indices, accepted=num_accepted_tokens, a_log=A_log,
+            dt_bias=dt_bias, scale=scale, cu_seqlens=cu_seqlens,
+            gate_kind=_gate(use_gate_in_kernel, A_log, lower_bound),
             lower_bound=-5.0 if lower_bound is None else lower_bound, l2norm=use_qk_l2norm_in_kernel,
             beta_is_logit=use_beta_sigmoid_in_kernel, beta_scale=2.0 if allow_neg_eigval else 1.0,
             form=_ops.RECURRENT)

@@ -3,12 +3,9 @@
 
 Packed batches [1, T, H, D]; raw gate and raw beta (the activation happens inside); states V x K, a pool
 [slots, H, V, K] indexed by state_indices, where a slot <= 0 is vLLM's null block: its output is zeros and it is
-not written. What Kilin has no kernel for raises NotImplementedError with its name: speculative decoding
-(num_accepted_tokens, kda_recoverssm_verify) and the decode step fused with convolution and output norm
-(fused_kda_decode).
+not written. What is not there raises NotImplementedError with its name: speculation on CPU tensors,
+kda_recoverssm_verify, and fused_kda_decode (the decode step fused with convolution and output norm).
 """
-import torch
-
 from . import _ops
 
 __all__ = ["chunk_kda_with_fused_gate", "flash_kda_fwd", "fused_kda_decode", "fused_recurrent_kda",
@@ -48,27 +45,19 @@ def flash_kda_fwd(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound, ini
         final_state.copy_(state)
 
 
-def _pool_step(q, k, v, raw_g, raw_beta, A_log, dt_bias, lower_bound, scale, pool, slots, cu_seqlens):
-    """[1, T, H, V], zeros for sequences whose slot is <= 0; T is the number of sequences or cu_seqlens is given."""
-    used = slots > 0
-    out = _ops.kda_pool(q, k, v, raw_g, raw_beta, pool, torch.where(used, slots, -1), a_log=A_log, dt_bias=dt_bias,
-                        scale=scale, cu_seqlens=cu_seqlens, l2norm=True, beta_is_logit=True, form=_ops.RECURRENT,
-                        **_gate(lower_bound))
-    if q.shape[1] != slots.shape[0]:
-        # which sequence each token belongs to, without looking at the numbers on the host
-        token = torch.arange(q.shape[1], device=q.device)
-        used = used[torch.searchsorted(cu_seqlens[1:].contiguous(), token.to(cu_seqlens.dtype), right=True)]
-    return out.masked_fill_(~used[None, :, None, None], 0.0)
+def _pool_step(q, k, v, raw_g, raw_beta, A_log, dt_bias, lower_bound, scale, pool, slots, cu_seqlens, accepted=None):
+    return _ops.kda_pool(q, k, v, raw_g, raw_beta, pool, slots, accepted=accepted, a_log=A_log, dt_bias=dt_bias,
+                         scale=scale, cu_seqlens=cu_seqlens, l2norm=True, beta_is_logit=True, form=_ops.RECURRENT,
+                         first_slot=1, **_gate(lower_bound))
 
 
 def fused_recurrent_kda(q, k, v, raw_g, raw_beta, A_log, dt_bias, lower_bound, initial_state, cu_seqlens,
                         ssm_state_indices, num_accepted_tokens=None, out=None, fuse_gate=None):
-    """Decode on the pool initial_state, in place. Returns (out [1, T, H, V], pool). fuse_gate only steers vLLM's own
-    kernel. A slot per token (two-dimensional ssm_state_indices) is for speculation, which is not there."""
-    if num_accepted_tokens is not None or ssm_state_indices.dim() != 1:
-        raise NotImplementedError("kilin: fused_recurrent_kda does not do speculative decoding (num_accepted_tokens)")
+    """Decode on the pool initial_state, in place. Returns (out [1, T, H, V], pool). Speculation (GPU only):
+    ssm_state_indices [N, S] with a slot for the state after each token, and num_accepted_tokens [N]. fuse_gate only
+    steers vLLM's own kernel."""
     o = _pool_step(q, k, v, raw_g, raw_beta, A_log, dt_bias, lower_bound, None, initial_state, ssm_state_indices,
-                   cu_seqlens)
+                   cu_seqlens, num_accepted_tokens)
     return (o if out is None else out.copy_(o)), initial_state
 
 
@@ -76,17 +65,16 @@ def fused_recurrent_kda_packed_decode(mixed_qkv, raw_g, raw_beta, A_log, dt_bias
                                       state_indices, scale=None):
     """One token for each of T sequences. mixed_qkv [T, 2 H K + H V (or more)] holds q, k and v one after another;
     raw_g [1, T, H, K], raw_beta [1, T, H]. Returns (out [1, T, H, V], pool)."""
-    tokens = mixed_qkv.shape[0]
     heads, value_dim, key_dim = initial_state.shape[1:]
     sizes = (heads * key_dim, heads * key_dim, heads * value_dim)
     if mixed_qkv.shape[1] < sum(sizes):
         raise ValueError(f"mixed_qkv has {mixed_qkv.shape[1]} channels, expected at least {sum(sizes)}")
     q, k, v = (x.unflatten(1, (heads, -1)).unsqueeze(0)
                for x in mixed_qkv[:, :sum(sizes)].split(sizes, dim=1))
-    offsets = torch.arange(tokens + 1, dtype=torch.int32, device=mixed_qkv.device)
-    out = _pool_step(q, k, v, raw_g, raw_beta, A_log, dt_bias, lower_bound, scale, initial_state, state_indices,
-                     offsets)
-    return out, initial_state
+    # [T, 1, H, D]: T sequences of one token
+    out = _pool_step(*(x.transpose(0, 1) for x in (q, k, v, raw_g, raw_beta)), A_log, dt_bias, lower_bound, scale,
+                     initial_state, state_indices, None)
+    return out.transpose(0, 1), initial_state
 
 
 def fused_kda_decode(*args, **kwargs):

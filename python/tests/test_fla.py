@@ -87,21 +87,23 @@ def test_gradients_reach_every_argument():
         assert reference.relative_error(got, want) < 2e-5
 
 
-def test_pool_decode():
+@pytest.mark.parametrize("v_first", [False, True])
+def test_pool_decode(v_first):
     x = inputs(1, 3)
-    pool = torch.randn(5, 2, 48, 32)
-    start = pool.clone()
+    pool = torch.randn(5, 2, 48, 32) if v_first else torch.randn(5, 2, 32, 48)
+    turned = pool if v_first else pool.transpose(-1, -2)
+    start = turned.clone()
     indices = torch.tensor([4, 0, 2], dtype=torch.int32)
     offsets = torch.arange(4)
     out = torch.empty_like(x["v"])
     o, state = fla.fused_recurrent_kda_fwd(**arguments(x), initial_state=pool, ssm_state_indices=indices,
-                                           state_v_first=True, cu_seqlens=offsets, out=out)
+                                           state_v_first=v_first, cu_seqlens=offsets, out=out)
     expected, expected_state = reference.kda(**x, gate_kind="softplus", cu_seqlens=offsets,
                                              initial_state=start[indices.long()])
     assert o is out and state is pool
     assert reference.relative_error(o, expected) < TOLERANCE
-    assert reference.relative_error(pool[indices.long()], expected_state) < TOLERANCE
-    assert torch.equal(pool[[1, 3]], start[[1, 3]])
+    assert reference.relative_error(turned[indices.long()], expected_state) < TOLERANCE
+    assert torch.equal(turned[[1, 3]], start[[1, 3]])
 
 
 def test_gate():
@@ -141,8 +143,8 @@ def test_refusals(change, error, message):
 def test_refusals_of_the_pool():
     common = dict(arguments(inputs(1, 3)), initial_state=torch.zeros(5, 2, 48, 32), cu_seqlens=torch.arange(4))
     indices = torch.tensor([4, 0, 2], dtype=torch.int32)
-    for change in (dict(ssm_state_indices=indices), dict(ssm_state_indices=indices[:, None], state_v_first=True),
-                   dict(ssm_state_indices=indices, state_v_first=True, num_accepted_tokens=indices)):
+    for change in (dict(ssm_state_indices=indices, inplace_final_state=False), dict(ssm_state_indices=indices[:, None]),
+                   dict(ssm_state_indices=indices, num_accepted_tokens=indices)):
         with pytest.raises(NotImplementedError):
             fla.fused_recurrent_kda_fwd(**common, **change)
 

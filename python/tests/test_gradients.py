@@ -92,8 +92,8 @@ def test_opcheck_backward_and_pool():
     torch.library.opcheck(torch.ops.kilin.kda_backward.default,
                           (*tensors, cu_seqlens, *options, torch.randn(1, 20, 2, 8), torch.randn(1, 2, 8, 8)))
     torch.library.opcheck(torch.ops.kilin.kda_pool.default,
-                          (*tensors[:7], torch.randn(3, 2, 8, 8), torch.tensor([1], dtype=torch.int32), cu_seqlens,
-                           *options, 0))
+                          (*tensors[:7], torch.randn(3, 2, 8, 8), torch.tensor([1], dtype=torch.int32), None, cu_seqlens,
+                           *options, 0, 0))
 
 
 def test_compile_whole_graph():

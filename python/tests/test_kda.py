@@ -118,7 +118,7 @@ def test_chunk_states():
 
 
 def test_pool():
-    """States in place: named slots as kda() computes them, a negative slot reads as zeros, others untouched."""
+    """States in place: named slots as kda() computes them, padding gives zeros, other slots are untouched."""
     offsets = torch.tensor([0, 3, 4, 4, 24])
     slots = torch.tensor([5, -1, 2, 0], dtype=torch.int32)
     x = inputs(1, 24)
@@ -129,12 +129,13 @@ def test_pool():
     start = torch.stack([pool[5], torch.zeros(2, 48, 32), pool[2], pool[0]])
     expected, expected_state, _ = kilin.kda(**x, gate_kind=0, cu_seqlens=offsets, initial_state=start)
     out = kilin.kda_pool(**x, pool=pool, slots=slots, gate_kind=0, cu_seqlens=offsets)
-    assert torch.equal(out, expected)
+    assert torch.equal(out[:, :3], expected[:, :3]) and torch.equal(out[:, 4:], expected[:, 4:])
+    assert not out[:, 3].any() and expected[:, 3].any()
     for slot, n in ((5, 0), (2, 2), (0, 3)):
         assert torch.equal(pool[slot], expected_state[n])
     assert torch.equal(storage[[1, 3, 4, 6]], before[[1, 3, 4, 6]])
     assert torch.equal(storage[:, 2 * 48 * 32:], before[:, 2 * 48 * 32:])
-    # without a negative slot nothing is copied, with the same result
+    # without padding nothing is copied, with the same result
     again = before.clone()
     pool = again[:, : 2 * 48 * 32].unflatten(1, (2, 48, 32))
     pool[6] = 0
@@ -205,6 +206,8 @@ def test_refused_types_and_devices():
         kilin.kda(**dict(x, q=x["q"].double()), gate_kind=0)
     with pytest.raises(RuntimeError, match="slots"):
         kilin.kda_pool(**x, gate_kind=0, pool=torch.zeros(2, 2, 48, 32), slots=torch.tensor([2], dtype=torch.int32))
+    with pytest.raises(NotImplementedError, match="speculation"):
+        kilin.kda_pool(**x, gate_kind=0, pool=torch.zeros(2, 2, 48, 32), slots=torch.zeros(1, 2, dtype=torch.int32))
     with pytest.raises(RuntimeError, match="two sequences"):
         kilin.kda_pool(**x, gate_kind=0, pool=torch.zeros(2, 2, 48, 32), slots=torch.tensor([1, 1], dtype=torch.int32),
                        cu_seqlens=torch.tensor([0, 4, 8]))

@@ -114,3 +114,13 @@ def test_compile_whole_graph():
         results.append((value.detach(), q.grad))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-6)
     assert torch.allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_an_earlier_call_is_left(kind):
+    """NaN in one call's inputs, and with them in the scratch memory, must not reach the next call's padding."""
+    bad = inputs(1, 40, heads=4, key_dim=128, value_dim=128, gate_kind=kind, state=True)
+    bad["v"][:] = float("nan")
+    leaf = bad["q"].requires_grad_()
+    torch.autograd.grad(kilin.kda(**bad, gate_kind=KINDS[kind])[0].sum(), leaf)
+    compare(inputs(1, 40, heads=4, key_dim=20, value_dim=20, gate_kind=kind, state=True), kind)

@@ -119,8 +119,9 @@ def test_compile_whole_graph():
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_of_an_earlier_call_is_left(kind):
     """NaN in one call's inputs, and with them in the scratch memory, must not reach the next call's padding."""
-    bad = inputs(1, 40, heads=4, key_dim=128, value_dim=128, gate_kind=kind, state=True)
-    bad["v"][:] = float("nan")
+    bad = inputs(1, 300, heads=4, key_dim=256, value_dim=256, gate_kind=kind, state=True)
+    bad = {n: torch.full_like(t, float("nan")) if isinstance(t, torch.Tensor) else t for n, t in bad.items()}
     leaf = bad["q"].requires_grad_()
     torch.autograd.grad(kilin.kda(**bad, gate_kind=KINDS[kind])[0].sum(), leaf)
-    compare(inputs(1, 40, heads=4, key_dim=20, value_dim=20, gate_kind=kind, state=True), kind)
+    for size in (20, 100):
+        compare(inputs(1, 100, heads=4, key_dim=size, value_dim=size, gate_kind=kind, state=True), kind)

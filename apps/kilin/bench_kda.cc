@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// kilin bench kda: the operator alone, chunked against token by token.
+// kilin bench kda: the operator alone, chunked against token by token, and the gradients.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -15,6 +15,7 @@
 #include "base/random.h"
 #include "base/thread_pool.h"
 #include "kernels/kda/kda.h"
+#include "kernels/kda/kda_backward.h"
 #include "kilin/bench.h"
 #include "kilin/common.h"
 #include "kilin/format.h"
@@ -27,6 +28,7 @@ constexpr const char* kFooter =
     R"(One sequence of random values: l2norm of q and k, softplus gate and sigmoid of
 beta included. All forms compute the same: in chunks (prefill), token by token in
 one call (recurrent), and token by token with a call for each (steps: decode).
+With --backward the gradients of all inputs as well, in chunks.
 
 Example:
   kilin bench kda --tokens 4096 --heads 32 --threads 1)";
@@ -36,6 +38,7 @@ struct KdaBenchOptions {
   int tokens = 2048;
   int heads = 8;
   int dim = 128;
+  bool backward = false;
 };
 
 // Random inputs of one sequence, and the arguments of the kernel that point at them.
@@ -111,12 +114,51 @@ class Inputs {
   KdaParams params_;
 };
 
+// The gradients of all inputs, for the same arguments.
+class Gradients {
+ public:
+  explicit Gradients(const KdaParams& forward) {
+    const int64_t tokens = forward.cu_seqlens[1];
+    const auto size = static_cast<size_t>(tokens * forward.q_stride);
+    for (HugeVector<float>* d : {&d_out_, &d_q_, &d_k_, &d_v_, &d_gate_}) d->assign(size, 0.01f);
+    d_beta_.resize(static_cast<size_t>(tokens * forward.beta_stride));
+    d_a_log_.resize(static_cast<size_t>(forward.value_heads));
+    d_dt_bias_.resize(static_cast<size_t>(forward.q_stride));
+    d_state_.resize(static_cast<size_t>(forward.slot_stride));
+    params_.forward = forward;
+    params_.d_out = d_out_.data();
+    params_.d_q = d_q_.data();
+    params_.d_k = d_k_.data();
+    params_.d_v = d_v_.data();
+    params_.d_gate = d_gate_.data();
+    params_.d_beta = d_beta_.data();
+    params_.d_a_log = d_a_log_.data();
+    params_.d_dt_bias = d_dt_bias_.data();
+    params_.d_state = d_state_.data();
+    params_.d_slot_stride = forward.slot_stride;
+    params_.d_out_stride = params_.d_q_stride = params_.d_k_stride = params_.d_v_stride = forward.q_stride;
+    params_.d_gate_stride = forward.gate_stride;
+    params_.d_beta_stride = forward.beta_stride;
+  }
+  Gradients(const Gradients&) = delete;
+  Gradients& operator=(const Gradients&) = delete;
+
+  const KdaBackwardParams& params() const { return params_; }
+  void clear_state() { std::fill(d_state_.begin(), d_state_.end(), 0.0f); }
+
+ private:
+  HugeVector<float> d_out_, d_q_, d_k_, d_v_, d_gate_, d_beta_, d_a_log_, d_dt_bias_, d_state_;
+  KdaBackwardParams params_;
+};
+
 // Rates in tokens per second.
 struct Result {
   Rates chunk;
   Rates recurrent;  // one call for all tokens
   Rates steps;      // a call per token, as decode does it
+  Rates backward;   // with --backward
   double chunk_flops = 0;
+  double backward_flops = 0;
   double bytes_per_token = 0;
 };
 
@@ -134,6 +176,15 @@ Result measure(const KdaBenchOptions& options, ThreadPool& pool) {
   result.steps = rates([&] {
     for (int i = 0; i < options.tokens; ++i) kda_recurrent(inputs.token_params(i), pool);
   });
+  if (options.backward) {
+    inputs.clear_state();
+    Gradients gradients(inputs.params());
+    const auto compute = [&] { kda_backward(gradients.params(), pool); };
+    compute();
+    result.backward = measure_rates(
+        options.bench.repeat, tokens, [&] { gradients.clear_state(); }, compute);
+    result.backward_flops = kda_backward_flops(inputs.params());
+  }
   result.chunk_flops = kda_chunk_flops(inputs.params());
   result.bytes_per_token = kda_bytes(inputs.params()) / tokens;
   return result;
@@ -157,6 +208,13 @@ nlohmann::ordered_json to_json(const Result& result, const KdaBenchOptions& opti
   json["ratio"] = result.chunk.median / result.recurrent.median;
   json["ratio_to_steps"] = result.chunk.median / result.steps.median;
   json["bytes_per_token"] = result.bytes_per_token;
+  if (options.backward) {
+    const double backward_flops = result.backward_flops / tokens * result.backward.median;
+    json["backward_ms"] = 1e3 * tokens / result.backward.median;
+    json["backward_ratio"] = result.chunk.median / result.backward.median;
+    json["backward_flops_per_second"] = backward_flops;
+    json["backward_share_of_peak"] = backward_flops / machine.flops_per_second;
+  }
   const double flops = result.chunk_flops / tokens * result.chunk.median;
   json["flops_per_second"] = flops;
   json["share_of_peak"] = flops / machine.flops_per_second;
@@ -190,6 +248,13 @@ int run(const KdaBenchOptions& options) {
   write_out(fmt::format(
       "ratio     chunks are {:.2f} times as fast as the recurrence, {:.2f} times as fast as steps\n",
       result.chunk.median / result.recurrent.median, result.chunk.median / result.steps.median));
+  if (!options.backward) return 0;
+  const double backward_flops = result.backward_flops / tokens * result.backward.median;
+  write_out(fmt::format(
+      "backward  {}\n          {:.1f} GFLOP/s, {} of the machine's multiply-adds, {:.2f} times the time of "
+      "chunks\n",
+      times(result.backward), backward_flops / 1e9, percent(backward_flops / machine.flops_per_second),
+      result.chunk.median / result.backward.median));
   return 0;
 }
 
@@ -208,6 +273,7 @@ Command add_bench_kda(CLI::App& parent) {
   add("--tokens", options->tokens, 1 << 20, "length of the sequence");
   add("--heads", options->heads, 1024, "heads");
   add("--dim", options->dim, 256, "width of keys and values per head");
+  app->add_flag("--backward", options->backward, "the gradients as well");
   add_bench_options(*app, options->bench);
   add_threads_option(*app, options->bench.threads);
   return {app, [options] { return run(*options); }};

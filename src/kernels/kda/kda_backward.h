@@ -48,7 +48,7 @@ struct KdaBackwardParams {
 void validate(const KdaBackwardParams& params);
 
 // Checks its arguments. The bits do not depend on the number of threads; one (sequence, head) is the work of
-// one thread. Memory per thread, kept for the next call: about 150 K + 100 V + 1,500 floats, and per 16
+// one thread. Memory per thread, kept for the next call: about K V + 300 K + 7,000 floats, and per 16
 // tokens K V + 16 V + 512 floats (K rounded up to 16, V to 32: 75 KB for 128 x 128), which for a long
 // sequence end at memory_per_thread (8,600 tokens for 128 x 128); beyond it K V floats for each such piece of
 // the sequence.

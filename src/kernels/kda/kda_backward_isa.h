@@ -31,7 +31,7 @@ struct KdaBackwardSizes {
   int64_t chunk() const { return state() + kKdaChunk * columns + 2 * kKdaChunk * kKdaChunk; }
   // Everything else: struct BackwardChunk in kda_backward_simd.h, the forward operands, a gradient of the
   // state
-  int64_t work() const { return state() + 288 * rows + 6144; }
+  int64_t work() const { return state() + 288 * rows + 7168; }
 };
 
 inline int64_t kda_backward_sum_floats(const KdaParams& p) {

@@ -31,12 +31,13 @@ struct BackwardChunk {
   float* dp;        // [2 C][C] dP, then -dL; upper triangles are of no meaning
 };
 
-// Carves arrays of floats out of one piece of memory.
+// Carves arrays of floats out of one piece of memory, with a cache line between them: arrays of 8 KB that
+// begin at the same place of a page would compete for the same few sets of the first-level cache.
 struct Carver {
   float* next;
   float* take(int64_t count) {
     float* from = next;
-    next += (count + 15) / 16 * 16;
+    next += (count + 15) / 16 * 16 + 16;
     return from;
   }
 };
@@ -65,54 +66,63 @@ static inline BackwardChunk make_backward_chunk(Carver& memory, int padded) {
   return c;
 }
 
-// Of raw gate values x (bias already added): e^g, dg/dx and dg/dA_log.
-KILIN_INLINE void gate_slope(Vec x, KdaGate kind, Vec rate, float lower_bound, Vec& decay, Vec& slope,
-                             Vec& by_a_log) {
+// Of raw gate values x (bias already added): x <- e^g, and dg/dx and dg/dA_log.
+template <int N>
+KILIN_INLINE void gate_slope(Vec (&x)[N], KdaGate kind, Vec rate, float lower_bound, Vec (&slope)[N],
+                             Vec (&by_a_log)[N]) {
   const Vec one = splat(1.0f);
   if (kind == KdaGate::kNone) {
-    decay = exp(x);
-    slope = one;
-    by_a_log = zero();
+    for (int i = 0; i < N; ++i) x[i] = exp(x[i]);
+    for (int i = 0; i < N; ++i) slope[i] = one;
+    for (int i = 0; i < N; ++i) by_a_log[i] = zero();
     return;
   }
-  const Vec z = kind == KdaGate::kSoftplus ? x : rate * x;
-  Vec y[1] = {-max(z, -z)};  // -|z|
+  const Vec factor = kind == KdaGate::kSoftplus ? one : rate;
+  Vec y[N];
+  Vec inverse[N];
+  Vec sigmoid[N];
+  for (int i = 0; i < N; ++i) y[i] = -max(factor * x[i], -factor * x[i]);
   exp_decay(y);
-  const Vec inverse = one / (one + y[0]);
-  Vec g[1];
+  for (int i = 0; i < N; ++i) inverse[i] = one / (one + y[i]);
+  for (int i = 0; i < N; ++i) sigmoid[i] = x[i] < zero() ? y[i] * inverse[i] : inverse[i];
   if (kind == KdaGate::kSoftplus) {
-    g[0] = -rate * (max(x, zero()) + log1p_unit(y[0]));
-    slope = -rate * (x < zero() ? y[0] * inverse : inverse);
-    by_a_log = g[0];
+    Vec log1p[N];
+    log1p_interpolant(y, log1p);
+    for (int i = 0; i < N; ++i) x[i] = -rate * (max(x[i], zero()) + log1p[i]);
+    for (int i = 0; i < N; ++i) slope[i] = -rate * sigmoid[i];
+    for (int i = 0; i < N; ++i) by_a_log[i] = x[i];
   } else {
     const Vec bound = splat(lower_bound);
-    g[0] = bound * (z < zero() ? y[0] * inverse : inverse);
-    slope = bound * y[0] * inverse * inverse * rate;
-    by_a_log = slope * x;
+    for (int i = 0; i < N; ++i) slope[i] = bound * y[i] * inverse[i] * inverse[i] * rate;
+    for (int i = 0; i < N; ++i) by_a_log[i] = slope[i] * x[i];
+    for (int i = 0; i < N; ++i) x[i] = bound * sigmoid[i];
   }
-  exp_decay(g);
-  decay = g[0];
+  exp_decay(x);
+}
+
+template <int N>
+KILIN_INLINE void prepare_slopes(const KdaParams& p, const Head& head, const float* raw, int d,
+                                 const BackwardChunk& c, int64_t at) {
+  Vec x[N];
+  Vec slope[N];
+  Vec by_a_log[N];
+  for (int i = 0; i < N; ++i) x[i] = p.scalar_gate ? splat(raw[0]) : load_row(raw, d + i * kLanes, p.key_dim);
+  if (head.bias != nullptr) {
+    for (int i = 0; i < N; ++i)
+      x[i] += p.scalar_gate ? splat(head.bias[0]) : load_row(head.bias, d + i * kLanes, p.key_dim);
+  }
+  gate_slope(x, p.gate_kind, head.rate, p.lower_bound, slope, by_a_log);
+  for (int i = 0; i < N; ++i) store(c.decay + at + i * kLanes, x[i]);
+  for (int i = 0; i < N; ++i) store(c.slope + at + i * kLanes, slope[i]);
+  for (int i = 0; i < N; ++i) store(c.by_a_log + at + i * kLanes, by_a_log[i]);
 }
 
 KILIN_INLINE void prepare_gate(const KdaParams& p, const Head& head, int64_t token, int i,
                                const BackwardChunk& c) {
-  const float* x = head.gate + token * p.gate_stride;
-  for (int d = 0; d < c.padded; d += kLanes) {
-    Vec biased;
-    if (p.scalar_gate) {
-      biased = splat(head.bias != nullptr ? x[0] + head.bias[0] : x[0]);
-    } else {
-      biased = load_row(x, d, p.key_dim);
-      if (head.bias != nullptr) biased += load_row(head.bias, d, p.key_dim);
-    }
-    Vec decay;
-    Vec slope;
-    Vec by_a_log;
-    gate_slope(biased, p.gate_kind, head.rate, p.lower_bound, decay, slope, by_a_log);
-    store(c.decay + i * c.padded + d, decay);
-    store(c.slope + i * c.padded + d, slope);
-    store(c.by_a_log + i * c.padded + d, by_a_log);
-  }
+  const float* raw = head.gate + token * p.gate_stride;
+  int d = 0;
+  for (; d + 4 * kLanes <= c.padded; d += 4 * kLanes) prepare_slopes<4>(p, head, raw, d, c, i * c.padded + d);
+  for (; d < c.padded; d += kLanes) prepare_slopes<1>(p, head, raw, d, c, i * c.padded + d);
 }
 
 // All operands of the n tokens from `token` on but L and P.
@@ -237,10 +247,9 @@ KILIN_INLINE void finish_keys(const KdaParams& p, const float* raw, const float*
     along = sums[1] * square;
   }
   for (int d = 0; d < padded; d += kLanes) {
-    const int width = p.key_dim - d < kLanes ? p.key_dim - d : kLanes;
     Vec dx = splat(factor) * (load(dy + d) - splat(along) * load_row(raw, d, p.key_dim));
-    if (add) dx += load_part(to + d, width);
-    store_part(to + d, dx, width);
+    if (add) dx += load_row(to, d, p.key_dim);
+    store_row(to, d, p.key_dim, dx);
   }
 }
 
@@ -258,8 +267,7 @@ KILIN_INLINE void finish_gate(const KdaParams& p, const BackwardChunk& c, int i,
     scalar += dx;
     if (p.scalar_gate) continue;
     store(bias + d, load(bias + d) + dx);
-    const int width = p.key_dim - d < kLanes ? p.key_dim - d : kLanes;
-    if (to != nullptr && width > 0) store_part(to + d, dx, width);
+    if (to != nullptr) store_row(to, d, p.key_dim, dx);
   }
   if (!p.scalar_gate) return;
   const float sum = reduce_add(scalar);

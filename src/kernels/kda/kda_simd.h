@@ -67,6 +67,15 @@ KILIN_INLINE Vec load_row(const float* row, int c, int n) {
   return c < n ? load_part(row + c, n - c) : zero();
 }
 
+// The lanes of v that a row of n floats has at position c.
+KILIN_INLINE void store_row(float* row, int c, int n, Vec v) {
+  if (c + kLanes <= n) {
+    store(row + c, v);
+  } else if (c < n) {
+    store_part(row + c, v, n - c);
+  }
+}
+
 // The gate is a chain of some 50 dependent operations: a processor overlaps too few of them on its own, so
 // they are written for N independent vectors side by side.
 template <int N>
@@ -101,15 +110,11 @@ KILIN_INLINE void exp_decay(Vec (&x)[N]) {
   }
 }
 
-// x <- ln(1 + e^x) = max(x, 0) + ln(1 + y) with y = e^-|x| in [0, 1]; ln(1 + y) / y is a Chebyshev
-// interpolant of degree 8 (relative error 3e-8, with rounding 1.7e-7), so that no division is needed. Above
-// 20 the result is x.
+// ln(1 + y) for y in [0, 1]: ln(1 + y) / y is a Chebyshev interpolant of degree 8 (relative error 3e-8, with
+// rounding 1.7e-7), so that no division is needed.
 template <int N>
-KILIN_INLINE void softplus_decay(Vec (&x)[N]) {
-  Vec y[N];
+KILIN_INLINE void log1p_interpolant(const Vec (&y)[N], Vec (&result)[N]) {
   Vec p[N];
-  for (int i = 0; i < N; ++i) y[i] = -max(x[i], -x[i]);
-  exp_decay(y);
   for (int i = 0; i < N; ++i) p[i] = splat(0.00525345793f);
   multiply_add(p, y, -0.0295885075f);
   multiply_add(p, y, 0.0783616677f);
@@ -119,7 +124,18 @@ KILIN_INLINE void softplus_decay(Vec (&x)[N]) {
   multiply_add(p, y, 0.333192706f);
   multiply_add(p, y, -0.499995023f);
   multiply_add(p, y, 1.0f);
-  for (int i = 0; i < N; ++i) x[i] = max(x[i], zero()) + p[i] * y[i];
+  for (int i = 0; i < N; ++i) result[i] = p[i] * y[i];
+}
+
+// x <- ln(1 + e^x) = max(x, 0) + ln(1 + y) with y = e^-|x| in [0, 1]. Above 20 the result is x.
+template <int N>
+KILIN_INLINE void softplus_decay(Vec (&x)[N]) {
+  Vec y[N];
+  Vec p[N];
+  for (int i = 0; i < N; ++i) y[i] = -max(x[i], -x[i]);
+  exp_decay(y);
+  log1p_interpolant(y, p);
+  for (int i = 0; i < N; ++i) x[i] = max(x[i], zero()) + p[i];
 }
 
 // x <- e^g of raw gate values x (bias already added) for rate = e^A_log

@@ -237,7 +237,7 @@ KILIN_INLINE void finish_keys(const KdaParams& p, const float* raw, const float*
   for (int d = 0; d < padded; d += kLanes) {
     const Vec x = load_row(raw, d, p.key_dim);
     xx += x * x;
-    xd += x * load(dy + d);
+    xd += x * load_row(dy, d, p.key_dim);  // beyond the channels there may be anything
   }
   float along = 0.0f;
   if (p.l2norm) {

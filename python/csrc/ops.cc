@@ -145,19 +145,17 @@ void run_keeping_states(KdaParams params, const std::vector<int32_t>& bounds, in
   check(done == count, "kda: there are {} chunk states, but {} were expected", done, count);
 }
 
-std::tuple<Tensor, Tensor, Tensor> kda_cpu(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta,
-                                           OptionalTensor a_log, OptionalTensor dt_bias,
-                                           OptionalTensor initial_state, OptionalTensor cu_seqlens,
-                                           double scale, int64_t gate_kind, double lower_bound, bool l2norm,
-                                           bool beta_is_logit, double beta_scale, int64_t form,
-                                           bool want_state, int64_t chunk_states) {
+std::tuple<Tensor, Tensor, Tensor> kda_cpu(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate, const Tensor& beta,
+    const OptionalTensor& a_log, const OptionalTensor& dt_bias, const OptionalTensor& initial_state,
+    const OptionalTensor& cu_seqlens, double scale, int64_t gate_kind, double lower_bound, bool l2norm,
+    bool beta_is_logit, double beta_scale, int64_t form, bool want_state, int64_t chunk_states) {
   const Inputs in{q,       k,          v,
                   gate,    beta,       a_log,
                   dt_bias, cu_seqlens, {scale, gate_kind, lower_bound, l2norm, beta_is_logit, beta_scale}};
   const Shape shape = shape_of(in);
   KdaParams params = cpu_params(in, shape);
-  const Tensor out =
-      empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, ScalarType::Float);
+  Tensor out = empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, ScalarType::Float);
   const std::initializer_list<int64_t> sizes = {shape.sequences, shape.value_heads, shape.value_dim,
                                                 shape.key_dim};
   Tensor state = zeros(q, sizes, ScalarType::Float);
@@ -186,10 +184,11 @@ std::tuple<Tensor, Tensor, Tensor> kda_cpu(Tensor q, Tensor k, Tensor v, Tensor 
 
 // States of a pool, read and written in place. A sequence whose slot is below first_slot is padding: its
 // outputs are zeros.
-Tensor kda_pool_cpu(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta, OptionalTensor a_log,
-                    OptionalTensor dt_bias, Tensor pool, Tensor slots, OptionalTensor accepted,
-                    OptionalTensor cu_seqlens, double scale, int64_t gate_kind, double lower_bound,
-                    bool l2norm, bool beta_is_logit, double beta_scale, int64_t form, int64_t first_slot) {
+Tensor kda_pool_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate, const Tensor& beta,
+                    const OptionalTensor& a_log, const OptionalTensor& dt_bias, const Tensor& pool,
+                    const Tensor& slots, const OptionalTensor& accepted, const OptionalTensor& cu_seqlens,
+                    double scale, int64_t gate_kind, double lower_bound, bool l2norm, bool beta_is_logit,
+                    double beta_scale, int64_t form, int64_t first_slot) {
   const Inputs in{q,       k,          v,
                   gate,    beta,       a_log,
                   dt_bias, cu_seqlens, {scale, gate_kind, lower_bound, l2norm, beta_is_logit, beta_scale}};
@@ -217,8 +216,7 @@ Tensor kda_pool_cpu(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta, Opti
     if (!padding(n)) std::copy_n(state_of(n), size, gathered.data() + n * size);
   }
   const std::vector<int32_t> in_order = slots_in_order(shape.sequences);
-  const Tensor out =
-      empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, ScalarType::Float);
+  Tensor out = empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, ScalarType::Float);
   params.cu_seqlens = bounds.data();
   params.slots = copying ? in_order.data() : slot;
   params.state = copying ? gathered.data() : pointer<float>(pool);

@@ -14,10 +14,12 @@ namespace {
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Of q, k, v, gate, beta, a_log, dt_bias and initial_state; empty for an argument that is not there.
-Gradients kda_backward_cpu(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta, OptionalTensor a_log,
-                           OptionalTensor dt_bias, OptionalTensor initial_state, OptionalTensor cu_seqlens,
+Gradients kda_backward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate,
+                           const Tensor& beta, const OptionalTensor& a_log, const OptionalTensor& dt_bias,
+                           const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
                            double scale, int64_t gate_kind, double lower_bound, bool l2norm,
-                           bool beta_is_logit, double beta_scale, Tensor d_out, OptionalTensor d_state) {
+                           bool beta_is_logit, double beta_scale, const Tensor& d_out,
+                           const OptionalTensor& d_state) {
   const Inputs in{q,       k,          v,
                   gate,    beta,       a_log,
                   dt_bias, cu_seqlens, {scale, gate_kind, lower_bound, l2norm, beta_is_logit, beta_scale}};

@@ -38,22 +38,21 @@ CUstream_st* current_stream(int32_t device) {
 class DeviceGuard {
  public:
   explicit DeviceGuard(int32_t device) {
-    using Function = int32_t (*)(int32_t, void**);
-    static const auto create =
-        reinterpret_cast<Function>(torch_cuda_function("aoti_torch_create_cuda_guard"));
+    static const auto create = reinterpret_cast<Create>(torch_cuda_function("aoti_torch_create_cuda_guard"));
+    static const auto destroy =
+        reinterpret_cast<Destroy>(torch_cuda_function("aoti_torch_delete_cuda_guard"));
+    destroy_ = destroy;
     check_torch(create(device, &guard_), "aoti_torch_create_cuda_guard");
   }
-  ~DeviceGuard() {
-    using Function = int32_t (*)(void*);
-    static const auto destroy =
-        reinterpret_cast<Function>(torch_cuda_function("aoti_torch_delete_cuda_guard"));
-    destroy(guard_);
-  }
+  ~DeviceGuard() { destroy_(guard_); }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  using Create = int32_t (*)(int32_t, void**);
+  using Destroy = int32_t (*)(void*);
   void* guard_ = nullptr;
+  Destroy destroy_ = nullptr;
 };
 
 CudaType cuda_type(const char* name, const Tensor& tensor) {
@@ -132,19 +131,17 @@ void run_recurrent(const Inputs& in, const Shape& shape, const Tensor& out, cons
   kda_decode_cuda(params, current_stream(in.q.get_device()));
 }
 
-std::tuple<Tensor, Tensor, Tensor> kda_gpu(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta,
-                                           OptionalTensor a_log, OptionalTensor dt_bias,
-                                           OptionalTensor initial_state, OptionalTensor cu_seqlens,
-                                           double scale, int64_t gate_kind, double lower_bound, bool l2norm,
-                                           bool beta_is_logit, double beta_scale, int64_t form,
-                                           bool want_state, int64_t chunk_states) {
+std::tuple<Tensor, Tensor, Tensor> kda_gpu(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate, const Tensor& beta,
+    const OptionalTensor& a_log, const OptionalTensor& dt_bias, const OptionalTensor& initial_state,
+    const OptionalTensor& cu_seqlens, double scale, int64_t gate_kind, double lower_bound, bool l2norm,
+    bool beta_is_logit, double beta_scale, int64_t form, bool want_state, int64_t chunk_states) {
   const Inputs in{q,       k,          v,
                   gate,    beta,       a_log,
                   dt_bias, cu_seqlens, {scale, gate_kind, lower_bound, l2norm, beta_is_logit, beta_scale}};
   const Shape shape = shape_of(in);
   const DeviceGuard guard(q.get_device());
-  const Tensor out =
-      empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, q.scalar_type());
+  Tensor out = empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, q.scalar_type());
   const std::initializer_list<int64_t> sizes = {shape.sequences, shape.value_heads, shape.value_dim,
                                                 shape.key_dim};
   CudaStates initial;
@@ -171,18 +168,18 @@ std::tuple<Tensor, Tensor, Tensor> kda_gpu(Tensor q, Tensor k, Tensor v, Tensor 
 
 // The pool in place, token by token (kda_decode_cuda). slots [N], or [N, S] with a slot per token for
 // speculation.
-Tensor kda_pool_gpu(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta, OptionalTensor a_log,
-                    OptionalTensor dt_bias, Tensor pool, Tensor slots, OptionalTensor accepted,
-                    OptionalTensor cu_seqlens, double scale, int64_t gate_kind, double lower_bound,
-                    bool l2norm, bool beta_is_logit, double beta_scale, int64_t form, int64_t first_slot) {
+Tensor kda_pool_gpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate, const Tensor& beta,
+                    const OptionalTensor& a_log, const OptionalTensor& dt_bias, const Tensor& pool,
+                    const Tensor& slots, const OptionalTensor& accepted, const OptionalTensor& cu_seqlens,
+                    double scale, int64_t gate_kind, double lower_bound, bool l2norm, bool beta_is_logit,
+                    double beta_scale, int64_t form, int64_t first_slot) {
   const Inputs in{q,       k,          v,
                   gate,    beta,       a_log,
                   dt_bias, cu_seqlens, {scale, gate_kind, lower_bound, l2norm, beta_is_logit, beta_scale}};
   const Shape shape = shape_of(in);
   check(form != kChunkForm, "kda: the chunked form on a pool is not there on CUDA");
   const DeviceGuard guard(q.get_device());
-  const Tensor out =
-      empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, q.scalar_type());
+  Tensor out = empty(q, {shape.batch, shape.length, shape.value_heads, shape.value_dim}, q.scalar_type());
   auto params = cuda_params<KdaDecodeCudaParams>(in, shape, out);
   check_same_device("pool", pool, q);
   params.initial = {

@@ -87,7 +87,11 @@ void validate(const KdaDecodeCudaParams& p) {
     check(p.initial.data != nullptr && p.initial.data == p.final.data &&
               p.initial.slot_stride == p.final.slot_stride,
           "{}: token_slots need one pool as initial and final", kName);
-    check(p.token_slot_stride > 0, "{}: token_slot_stride is {}", kName, p.token_slot_stride);
+    check(p.token_slot_stride > 0 && p.token_slot_stride < (1 << 20), "{}: token_slot_stride is {}", kName,
+          p.token_slot_stride);
+    check(p.conv.q_weight == nullptr || p.conv.rows >= kKdaDecodeTaps - 2 + p.token_slot_stride,
+          "{}: conv.rows is {}, expected at least {} for {} tokens", kName, p.conv.rows,
+          kKdaDecodeTaps - 2 + p.token_slot_stride, p.token_slot_stride);
   } else {
     check(p.accepted == nullptr, "{}: accepted without token_slots", kName);
   }

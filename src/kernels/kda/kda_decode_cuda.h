@@ -27,7 +27,7 @@ struct KdaDecodeConv {
   CudaType weight_type = CudaType::kBf16;
   void* state = nullptr;
   int64_t slot_stride = 0;        // elements, at least rows * channels
-  int rows = kKdaDecodeTaps - 1;  // with `accepted`: at least 3 + (most tokens of a sequence) - 1
+  int rows = kKdaDecodeTaps - 1;  // with token_slots: at least 3 + token_slot_stride - 1
   const int32_t* slots =
       nullptr;  // [N] on the device; null: slot n. A negative slot reads as zeros, is not written
   bool silu = true;
@@ -82,7 +82,8 @@ struct KdaDecodeCudaParams {
   // token_slots[n][accepted[n] - 1] and leaves its state after token t in token_slots[n][t]; a slot below
   // first_slot is not written. `accepted` [N]: how many tokens of the sequence's last call were accepted, at
   // least 1; null means 1. The convolution's state then holds 3 + (tokens of that call) - 1 inputs, and the
-  // history starts at row accepted[n] - 1; rejecting tokens costs nothing.
+  // history starts at row accepted[n] - 1; rejecting tokens costs nothing. No sequence may have more than
+  // token_slot_stride tokens.
   const int32_t* token_slots = nullptr;
   int64_t token_slot_stride = 0;
   const int32_t* accepted = nullptr;

@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: Apache-2.0
+// Parts of the decode kernel (kda_decode_cuda.cu): a lane's piece of the state, where a CTA stands, and what
+// a thread does of the convolution and the gate.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/scalar.cuh"
+#include "kernels/kda/kda_decode_cuda.h"
+
+namespace kilin::kda_decode {
+
+using namespace cuda;
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kTaps = kKdaDecodeTaps;
+constexpr int kHistory = kTaps - 1;
+constexpr int kMaxCluster = 8;
+
+// Eight channels of one row of the state, as loaded. Lane l of the row holds the channels first(l) .. + 3 and
+// second(l) .. + 3: each load instruction covers whole 32-byte sectors of consecutive lanes.
+template <class State, int K>
+struct Piece;
+
+template <int K>
+struct Piece<float, K> {
+  float4 a, b;
+  static __device__ int first(int lane) { return 4 * lane; }
+  static __device__ int second(int lane) { return K / 2 + 4 * lane; }
+  __device__ void clear() { a = b = float4{0.0f, 0.0f, 0.0f, 0.0f}; }
+  __device__ void load(const float* row, int lane) {
+    a = __ldcs(reinterpret_cast<const float4*>(row + first(lane)));
+    b = __ldcs(reinterpret_cast<const float4*>(row + second(lane)));
+  }
+  __device__ void expand(float (&s)[8]) const {
+    s[0] = a.x, s[1] = a.y, s[2] = a.z, s[3] = a.w;
+    s[4] = b.x, s[5] = b.y, s[6] = b.z, s[7] = b.w;
+  }
+  static __device__ void store(float* row, int lane, const float (&s)[8]) {
+    __stcs(reinterpret_cast<float4*>(row + first(lane)), float4{s[0], s[1], s[2], s[3]});
+    __stcs(reinterpret_cast<float4*>(row + second(lane)), float4{s[4], s[5], s[6], s[7]});
+  }
+};
+
+template <int K>
+struct Piece<__nv_bfloat16, K> {
+  uint4 bits;
+  static __device__ int first(int lane) { return 8 * lane; }
+  static __device__ int second(int lane) { return 8 * lane + 4; }
+  __device__ void clear() { bits = uint4{0, 0, 0, 0}; }
+  __device__ void load(const __nv_bfloat16* row, int lane) {
+    bits = __ldcs(reinterpret_cast<const uint4*>(row + first(lane)));
+  }
+  __device__ void expand(float (&s)[8]) const {
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      s[2 * i] = __uint_as_float(words[i] << 16);
+      s[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  }
+  static __device__ void store(__nv_bfloat16* row, int lane, const float (&s)[8]) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(s[2 * i], s[2 * i + 1]);
+      words[i] = *reinterpret_cast<const uint32_t*>(&pair);
+    }
+    __stcs(reinterpret_cast<uint4*>(row + first(lane)), uint4{words[0], words[1], words[2], words[3]});
+  }
+};
+
+// Where this CTA stands: sequence, heads, rows, tokens, slots.
+struct Place {
+  int sequence, head, value_head, row;  // row: the first of this CTA's value rows
+  int64_t begin;                        // first token
+  int tokens;
+  int accepted;
+  int read_slot, write_slot, conv_slot;
+  bool padding;
+};
+
+template <bool kMulti>
+__device__ __forceinline__ Place find_place(const KdaDecodeCudaParams& p, int split, int rows) {
+  Place at;
+  const int item = static_cast<int>(blockIdx.x) / split;
+  at.row = static_cast<int>(blockIdx.x) % split * rows;
+  at.sequence = item / p.value_heads;
+  at.value_head = item % p.value_heads;
+  at.head = at.value_head / (p.value_heads / p.heads);
+  const int n = at.sequence;
+  at.begin = n;
+  at.tokens = 1;
+  at.accepted = 1;
+  if constexpr (kMulti) {
+    if (p.cu_seqlens == nullptr) {
+      at.tokens = static_cast<int>(p.tokens / p.sequences);
+      at.begin = static_cast<int64_t>(n) * at.tokens;
+    } else if (p.wide_seqlens) {
+      at.begin = static_cast<const int64_t*>(p.cu_seqlens)[n];
+      at.tokens = static_cast<int>(static_cast<const int64_t*>(p.cu_seqlens)[n + 1] - at.begin);
+    } else {
+      at.begin = static_cast<const int32_t*>(p.cu_seqlens)[n];
+      at.tokens = static_cast<int>(static_cast<const int32_t*>(p.cu_seqlens)[n + 1] - at.begin);
+    }
+    if (p.accepted != nullptr) {
+      at.accepted = max(1, min(p.accepted[n], static_cast<int>(p.token_slot_stride)));
+    }
+  }
+  at.read_slot = p.initial.slots != nullptr ? p.initial.slots[n] : n;
+  at.write_slot = p.final.slots != nullptr ? p.final.slots[n] : n;
+  at.conv_slot = p.conv.slots != nullptr ? p.conv.slots[n] : n;
+  if (kMulti && p.token_slots != nullptr)
+    at.read_slot = p.token_slots[n * p.token_slot_stride + at.accepted - 1];
+  at.padding = (p.initial.data != nullptr ? at.read_slot : at.write_slot) < p.first_slot;
+  return at;
+}
+
+// The part of the prologue that belongs to one thread: channel `index` of q and k (threads 0 to 127, "keys"),
+// or of v and the gate. Values of the current token in x, the convolution's history before it in history.
+template <int K, int kRows>
+struct Channel {
+  bool keys, active[2];  // active[0]: q or v, active[1]: k or the gate
+  int index;
+  int channel[2];  // in the convolution's state
+  RawFour weight[2];
+  uint32_t history[2][kHistory];  // bits of 16-bit values
+  RawValue x[2], beta, a, bias;
+
+  __device__ __forceinline__ void setup(const KdaDecodeCudaParams& p, const Place& at) {
+    const int thread = static_cast<int>(threadIdx.x);
+    keys = thread < 128;
+    index = keys ? thread : thread - 128;
+    active[0] = index < (keys ? K : kRows);
+    active[1] = index < K;
+    const int key_channels = p.heads * K;
+    const int key = at.head * K + index;
+    const int value = at.value_head * K + at.row + index;
+    channel[0] = keys ? key : 2 * key_channels + value;
+    channel[1] = key_channels + key;
+    const bool gate = !keys && active[1] && p.gate_kind != KdaGate::kNone;
+    a = issue(p.a_log, CudaType::kF32, at.value_head, gate && p.a_log != nullptr);
+    bias = issue(p.dt_bias, CudaType::kF32, at.value_head * K + index, gate && p.dt_bias != nullptr);
+    const bool conv = p.conv.q_weight != nullptr;
+    weight[0] = issue_4(keys ? p.conv.q_weight : p.conv.v_weight, p.conv.weight_type, keys ? key : value,
+                        conv && active[0]);
+    weight[1] = issue_4(p.conv.k_weight, p.conv.weight_type, key, conv && keys && active[1]);
+  }
+
+  // Behind the loads that need no slot.
+  __device__ __forceinline__ void load_history(const KdaDecodeCudaParams& p, const Place& at) {
+    const int channels = (2 * p.heads + p.value_heads) * K;
+    const uint16_t* state = static_cast<const uint16_t*>(p.conv.state) + at.conv_slot * p.conv.slot_stride +
+                            static_cast<int64_t>(at.accepted - 1) * channels;
+    const bool there = p.conv.q_weight != nullptr && at.conv_slot >= 0;
+#pragma unroll
+    for (int i = 0; i < kHistory; ++i) {
+      history[0][i] = issue_16(state, i * channels + channel[0], there && active[0]);
+      history[1][i] = issue_16(state, i * channels + channel[1], there && keys && active[1]);
+    }
+  }
+
+  __device__ __forceinline__ void load_token(const KdaDecodeCudaParams& p, const Place& at, int64_t token,
+                                             bool there) {
+    const int key = at.head * K + index;
+    const int gate = at.value_head * K + index;
+    const int value = at.value_head * K + at.row + index;
+    x[0] = {0, issue_16(keys ? p.q.data : p.v.data,
+                        token * (keys ? p.q.stride : p.v.stride) + (keys ? key : value), there && active[0])};
+    x[1] = issue(keys ? p.k.data : p.gate.data, keys ? p.type : p.gate_type,
+                 token * (keys ? p.k.stride : p.gate.stride) + (keys ? key : gate), there && active[1]);
+    beta = issue(p.beta.data, p.beta_type, token * p.beta.stride + at.value_head, there);
+  }
+
+  // The convolution of q, k or v; moves the history on.
+  __device__ __forceinline__ float convolve(const KdaDecodeCudaParams& p, int side) {
+    const float now = from_bits(static_cast<uint16_t>(x[side].narrow), p.type);
+    if (p.conv.q_weight == nullptr) return now;
+    const float4 w = weight[side].value(p.conv.weight_type);
+    uint32_t(&h)[kHistory] = history[side];
+    float sum = w.x * from_bits(static_cast<uint16_t>(h[0]), p.type);
+    sum = fmaf(w.y, from_bits(static_cast<uint16_t>(h[1]), p.type), sum);
+    sum = fmaf(w.z, from_bits(static_cast<uint16_t>(h[2]), p.type), sum);
+    sum = fmaf(w.w, now, sum);
+    h[0] = h[1], h[1] = h[2], h[2] = x[side].narrow;
+    return p.conv.silu ? sum * sigmoid(sum) : sum;
+  }
+
+  __device__ __forceinline__ float decay(const KdaDecodeCudaParams& p) const {
+    const float g = x[1].value(p.gate_type);
+    if (p.gate_kind == KdaGate::kNone) return expf(g);
+    const float factor = expf(a.value(CudaType::kF32));
+    const float y = g + bias.value(CudaType::kF32);
+    if (p.gate_kind == KdaGate::kBounded) return expf(p.lower_bound / (1.0f + expf(-factor * y)));
+    return expf(-factor * (y > 20.0f ? y : log1pf(expf(y))));
+  }
+
+  // Rows of the convolution's state behind token t of `tokens`. With token_slots every input is kept (row 2 +
+  // t), so that the next call can start behind any of them; otherwise the last three, once.
+  __device__ __forceinline__ void store_history(const KdaDecodeCudaParams& p, const Place& at, int t,
+                                                bool owner) const {
+    const bool keep_all = p.token_slots != nullptr;
+    const bool mine = p.conv.q_weight != nullptr && at.conv_slot >= 0 && active[0] && (owner || !keys);
+    if (!mine || (!keep_all && t + 1 < at.tokens)) return;
+    const int channels = (2 * p.heads + p.value_heads) * K;
+    uint16_t* state = static_cast<uint16_t*>(p.conv.state) + at.conv_slot * p.conv.slot_stride;
+    const int from = keep_all && t > 0 ? kHistory - 1 : 0;  // the earlier rows are written by token 0
+    const int base = keep_all ? t : 0;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      if (side == 1 && !keys) break;
+#pragma unroll
+      for (int i = 0; i < kHistory; ++i) {
+        if (i >= from)
+          state[static_cast<int64_t>(base + i) * channels + channel[side]] =
+              static_cast<uint16_t>(history[side][i]);
+      }
+    }
+  }
+};
+
+}  // namespace kilin::kda_decode

@@ -17,9 +17,13 @@ _load()
 torch.ops.kilin.set_num_threads(max(1, torch.get_num_threads()))
 
 
+# Asked once: torch.compile does not trace the question.
+_BUILT_WITH_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("kilin::kda", "CUDA")
+
+
 def built_with_cuda():
     """Whether this build holds the CUDA kernels (they need a Hopper GPU)."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("kilin::kda", "CUDA")
+    return _BUILT_WITH_CUDA
 
 
 def require_device(tensor):

@@ -119,7 +119,8 @@ def test_packed_decode():
     slots = torch.tensor([3, 0, 5], dtype=torch.int32)
     x = case(1, 3, 128)
     pool = torch.randn(6, 2, 128, 128)
-    packed = torch.cat([*(x[n][0].flatten(1) for n in ("q", "k", "v")), torch.full((3, 24), 9.0)], 1).cuda()
+    packed = torch.cat([*(x[n][0].flatten(1) for n in ("q", "k", "v")), torch.full((3, 24), 9.0, dtype=torch.bfloat16)], 1)
+    packed = packed.cuda()
     expected, expected_state = reference.kda(**x, gate_kind="softplus", cu_seqlens=torch.arange(4),
                                              initial_state=pool[slots.long()])
     y, after = cuda(x), pool.cuda()

@@ -237,7 +237,7 @@ KILIN_INLINE void finish_keys(const KdaParams& p, const float* raw, const float*
   for (int d = 0; d < padded; d += kLanes) {
     const Vec x = load_row(raw, d, p.key_dim);
     xx += x * x;
-    xd += x * load(dy + d);
+    xd += x * load_row(dy, d, p.key_dim);  // beyond the channels there may be anything
   }
   float along = 0.0f;
   if (p.l2norm) {
@@ -259,7 +259,8 @@ KILIN_INLINE void finish_gate(const KdaParams& p, const BackwardChunk& c, int i,
   Vec scalar = zero();
   for (int d = 0; d < c.padded; d += kLanes) {
     const int at = i * c.padded + d;
-    const Vec dg = load(c.dkt + at);
+    // Beyond the head's channels there may be anything: what an earlier call left in the scratch.
+    const Vec dg = load_row(c.dkt + i * c.padded, d, p.key_dim);
     const Vec dx = dg * load(c.slope + at);
     // where e^g is 0, g may be so large that 0 g is no number
     a_log += load(c.decay + at) == zero() ? zero() : dg * load(c.by_a_log + at);

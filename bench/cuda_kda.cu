@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Times kda_chunk_cuda on the GPU: kernel time by CUDA graph replays over inputs that rotate past the L2, and the
-// share of the byte floor (q, k, v, gate, out once at the copy bandwidth measured here).
-//   bench_cuda_kda [--once] [FILTER]   --once: one call per shape, for a profiler; FILTER: part of a shape's name
+// Times kda_chunk_cuda on the GPU: kernel time by CUDA graph replays over inputs that rotate past the L2, and
+// the share of the byte floor (q, k, v, gate, out once at the copy bandwidth measured here).
+//   bench_cuda_kda [--once] [FILTER]   --once: one call per shape, for a profiler; FILTER: part of a shape's
+//   name
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -16,7 +17,8 @@ namespace {
 
 // Values in [-2, 2) without a pattern, offset added.
 __global__ void fill(uint16_t* x, int64_t count, uint32_t seed, float offset) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
     uint32_t h = static_cast<uint32_t>(i) * 2654435761u + seed;
     h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
     h = (h ^ (h >> 13)) * 0xC2B2AE35u;
@@ -28,7 +30,9 @@ __global__ void fill(uint16_t* x, int64_t count, uint32_t seed, float offset) {
 
 struct Memory {
   void* data = nullptr;
-  explicit Memory(size_t bytes) { check_cuda(cudaMalloc(&data, std::max<size_t>(bytes, 1)), "cudaMalloc of {} bytes", bytes); }
+  explicit Memory(size_t bytes) {
+    check_cuda(cudaMalloc(&data, std::max<size_t>(bytes, 1)), "cudaMalloc of {} bytes", bytes);
+  }
   Memory(const Memory&) = delete;
   ~Memory() { static_cast<void>(cudaFree(data)); }
 };
@@ -62,7 +66,8 @@ double time_graph(int rounds, cudaStream_t stream, Body body) {
 }
 
 __global__ void copy(const uint4* from, uint4* to, int64_t count) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x)
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x)
     to[i] = from[i];
 }
 
@@ -85,20 +90,23 @@ struct Shape {
   int heads;
 };
 
-void time_shape(const Shape& shape, KdaGate gate_kind, KdaCudaPlan plan, bool once, double bandwidth, cudaStream_t stream) {
+void time_shape(const Shape& shape, KdaGate gate_kind, KdaCudaPlan plan, bool once, double bandwidth,
+                cudaStream_t stream) {
   constexpr int kDim = 128;
   int64_t tokens = 0;
   std::vector<int32_t> cu{0};
   for (const int n : shape.lengths) cu.push_back(static_cast<int32_t>(tokens += n));
   const int64_t width = int64_t{shape.heads} * kDim;
   const int64_t bytes = tokens * width * 2;
-  const int sets = once ? 1 : static_cast<int>(std::clamp<int64_t>((int64_t{200} << 20) / (5 * bytes) + 1, 2, 16));
+  const int sets =
+      once ? 1 : static_cast<int>(std::clamp<int64_t>((int64_t{200} << 20) / (5 * bytes) + 1, 2, 16));
   Memory q(bytes * sets), k(bytes * sets), v(bytes * sets), gate(bytes * sets), out(bytes * sets);
   Memory beta(tokens * shape.heads * 2), a_log(shape.heads * 4), bias(width * 4), offsets(cu.size() * 4);
   Memory state(shape.lengths.size() * static_cast<size_t>(shape.heads) * kDim * kDim * 4);
   uint32_t seed = 1;
   for (const Memory* m : {&q, &k, &v, &gate})
-    fill<<<1024, 256, 0, stream>>>(static_cast<uint16_t*>(m->data), tokens * width * sets, seed++ * 7919, m == &gate ? -2.0f : 0.0f);
+    fill<<<1024, 256, 0, stream>>>(static_cast<uint16_t*>(m->data), tokens * width * sets, seed++ * 7919,
+                                   m == &gate ? -2.0f : 0.0f);
   fill<<<64, 256, 0, stream>>>(static_cast<uint16_t*>(beta.data), tokens * shape.heads, 99, 0.0f);
   check_cuda(cudaMemsetAsync(a_log.data, 0, static_cast<size_t>(shape.heads) * 4, stream), "memset");
   check_cuda(cudaMemsetAsync(bias.data, 0, static_cast<size_t>(width) * 4, stream), "memset");

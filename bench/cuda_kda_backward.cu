@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Times kda_backward_cuda on the GPU by CUDA graph replays (every tensor of these shapes is larger than the L2 cache).
+// Times kda_backward_cuda on the GPU by CUDA graph replays (every tensor of these shapes is larger than the
+// L2 cache).
 //   bench_cuda_kda_backward [--once]   --once: one call of the first shape, for a profiler
 #include <algorithm>
 #include <cstdio>
@@ -15,7 +16,8 @@ namespace {
 
 // Values of size times [-2, 2) without a pattern, offset added.
 __global__ void fill(uint16_t* x, int64_t count, uint32_t seed, float offset) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
     uint32_t h = static_cast<uint32_t>(i) * 2654435761u + seed;
     h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
     h = (h ^ (h >> 13)) * 0xC2B2AE35u;
@@ -122,8 +124,8 @@ float time_calls(const KdaBackwardCudaParams& p, void* workspace, size_t bytes, 
 int main_(bool once) {
   cudaStream_t stream;
   check_cuda(cudaStreamCreate(&stream), "cudaStreamCreate");
-  const std::vector<Shape> shapes = {{1, 8192, 32, 128}, {1, 8192, 16, 128}, {4, 4096, 32, 128}, {1, 8192, 96, 128},
-                                     {1, 8192, 32, 64}};
+  const std::vector<Shape> shapes = {
+      {1, 8192, 32, 128}, {1, 8192, 16, 128}, {4, 4096, 32, 128}, {1, 8192, 96, 128}, {1, 8192, 32, 64}};
   for (const Shape& shape : shapes) {
     for (const KdaGate gate : {KdaGate::kSoftplus, KdaGate::kBounded}) {
       Memory memory;
@@ -133,9 +135,10 @@ int main_(bool once) {
       kda_backward_cuda(p, workspace, bytes, stream);
       check_cuda(cudaStreamSynchronize(stream), "kda_backward_cuda");
       if (once) return 0;
-      std::printf("N %d T %d H %d D %d %s: %.3f ms, workspace %.0f MB\n", shape.sequences, shape.tokens, shape.heads,
-                  shape.dim, gate == KdaGate::kBounded ? "bounded" : "softplus",
-                  static_cast<double>(time_calls(p, workspace, bytes, stream)), static_cast<double>(bytes) * 1e-6);
+      std::printf("N %d T %d H %d D %d %s: %.3f ms, workspace %.0f MB\n", shape.sequences, shape.tokens,
+                  shape.heads, shape.dim, gate == KdaGate::kBounded ? "bounded" : "softplus",
+                  static_cast<double>(time_calls(p, workspace, bytes, stream)),
+                  static_cast<double>(bytes) * 1e-6);
       std::fflush(stdout);
     }
   }

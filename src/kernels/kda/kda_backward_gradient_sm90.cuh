@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Last stage of the gradients on Hopper: everything of one chunk and value head, given the state S before it, the gradient
-// H of the state after it, U and dU. All chunks are independent; a block of four warpgroups each. The steps and their
-// formulas are those of kda_backward_stages_test.cc:
+// Last stage of the gradients on Hopper: everything of one chunk and value head, given the state S before it,
+// the gradient H of the state after it, U and dU. All chunks are independent; a block of four warpgroups
+// each. The steps and their formulas are those of kda_backward_stages_test.cc:
 //     dP = tril(dO U^T)     d(q D) = dO S     dkt = U H
 //     dv = A^T dU           dM = -stril(dv U^T)     d(k D) = -dv S
-// (A with beta in its columns, as in the image) as products of warpgroups with fp32 sums. Then pairs of tokens: in
-// different sub-chunks of 16 as tf32 products, relative to the start of the row's or the end of the column's sub-chunk,
-// so that no exponent is positive; in the same sub-chunk one thread per channel, which multiplies by decays only. Then
-// gate, norms and sigmoid. 16 warps, since all but the products waits for latencies.
+// (A with beta in its columns, as in the image) as products of warpgroups with fp32 sums. Then pairs of
+// tokens: in different sub-chunks of 16 as tf32 products, relative to the start of the row's or the end of
+// the column's sub-chunk, so that no exponent is positive; in the same sub-chunk one thread per channel,
+// which multiplies by decays only. Then gate, norms and sigmoid. 16 warps, since all but the products waits
+// for latencies.
 #pragma once
 #include "kernels/cuda/wgmma.cuh"
 #include "kernels/kda/kda_backward_prepare_sm90.cuh"
@@ -25,31 +26,34 @@ struct GradientShared {
   // Tables, fp32
   static constexpr int kTotal = kRawQ + kChunk * kRawRow;  // [4][K] log2 decay of each sub-chunk
   static constexpr int kStateSums = kTotal + 4 * K * 4;    // [8][K] sum over an eighth of the values of S H
-  static constexpr int kKeySums = kStateSums + kStateParts * K * 4;  // [4][K] sum over the tokens of a sub-chunk of kt dkt
-  static constexpr int kSubSums = kKeySums + 4 * K * 4;    // [4][K] gradient of g of the first token of a sub-chunk
-  static constexpr int kBiasSums = kSubSums + 4 * K * 4;   // [4][K] of dt_bias
-  static constexpr int kNorms = kBiasSums + 4 * K * 4;     // [2][64] 1 / |k|, 1 / |q|
+  static constexpr int kKeySums =
+      kStateSums + kStateParts * K * 4;  // [4][K] sum over the tokens of a sub-chunk of kt dkt
+  static constexpr int kSubSums =
+      kKeySums + 4 * K * 4;  // [4][K] gradient of g of the first token of a sub-chunk
+  static constexpr int kBiasSums = kSubSums + 4 * K * 4;      // [4][K] of dt_bias
+  static constexpr int kNorms = kBiasSums + 4 * K * 4;        // [2][64] 1 / |k|, 1 / |q|
   static constexpr int kValueSums = kNorms + 2 * kChunk * 4;  // [64] v . dv
   static constexpr int kRateSums = kValueSums + kChunk * 4;   // [16] of a_log
-  static constexpr int kBarrier = kRateSums + 16 * 4;      // of the bulk copies
+  static constexpr int kBarrier = kRateSums + 16 * 4;         // of the bulk copies
   static constexpr int kArena = (kBarrier + 8 + 1023) / 1024 * 1024;
   // First the operands of the products ...
   static constexpr int kValueTile = kChunk * V * 2;
-  static constexpr int kState = kArena;               // [K / 64][V][64], swizzled like all of them
+  static constexpr int kState = kArena;  // [K / 64][V][64], swizzled like all of them
   static constexpr int kDState = kState + V * K * 2;
-  static constexpr int kA = kDState + V * K * 2;      // [64][64]
-  static constexpr int kV = kA + kChunk * kChunk * 2; // [V / 64][64][64]
+  static constexpr int kA = kDState + V * K * 2;       // [64][64]
+  static constexpr int kV = kA + kChunk * kChunk * 2;  // [V / 64][64][64]
   static constexpr int kDOut = kV + kValueTile;
   static constexpr int kDU = kDOut + kValueTile;
   static constexpr int kU = kDU + kValueTile;
   static constexpr int kOperandsEnd = kU + kValueTile;
   // ... then their results, fp32
-  static constexpr int kLd = K + 8;    // row length of a [64][K] matrix
-  static constexpr int kPairLd = 68;   // of a [64][64] matrix
-  static constexpr int kDQ = kArena;   // gradients of q D, then of q
+  static constexpr int kLd = K + 8;   // row length of a [64][K] matrix
+  static constexpr int kPairLd = 68;  // of a [64][64] matrix
+  static constexpr int kDQ = kArena;  // gradients of q D, then of q
   static constexpr int kDK = kDQ + kChunk * kLd * 4;
   static constexpr int kBack = kDK + kChunk * kLd * 4;  // of kt, then of k as the earlier token of its pairs
-  static constexpr int kLocal = kBack + kChunk * kLd * 4;  // log2 decay from the sub-chunk's start, then gradient of g
+  static constexpr int kLocal =
+      kBack + kChunk * kLd * 4;  // log2 decay from the sub-chunk's start, then gradient of g
   static constexpr int kDP = kLocal + kChunk * kLd * 4;
   static constexpr int kDM = kDP + kChunk * kPairLd * 4;
   static constexpr int kResultsEnd = kDM + kChunk * kPairLd * 4;
@@ -57,8 +61,8 @@ struct GradientShared {
   static_assert(kBytes <= 232448);
 };
 
-// A gate with its derivatives, of a raw value x with its bias: log2 of the decay as log2_decay() makes it but not yet cut,
-// and dg/dx and dg/dA_log of its natural logarithm. Without branches, so that tokens overlap.
+// A gate with its derivatives, of a raw value x with its bias: log2 of the decay as log2_decay() makes it but
+// not yet cut, and dg/dx and dg/dA_log of its natural logarithm. Without branches, so that tokens overlap.
 struct GateSlopes {
   float log2, by_x, by_a_log;
 };
@@ -93,7 +97,9 @@ struct Gradient {
   int head, length;      // value head
   int thread, warp, lane, g, t;
 
-  __device__ __forceinline__ float* floats(int offset) const { return reinterpret_cast<float*>(shared + offset); }
+  __device__ __forceinline__ float* floats(int offset) const {
+    return reinterpret_cast<float*>(shared + offset);
+  }
   __device__ __forceinline__ int row(int half) const { return 16 * (warp & 3) + g + 8 * half; }
   // For ldmatrix: block (16 rows from `rows` on, columns 16 step ...) of a swizzled [.][64][64] matrix
   __device__ __forceinline__ uint32_t block_address(int matrix, int rows, int step) const {
@@ -106,11 +112,13 @@ struct Gradient {
     const Element* rows = static_cast<const Element*>(from) + first * stride + column;
     for (int i = thread; i < kChunk * pieces; i += Shared::kThreads) {
       const int r = i / pieces, piece = i % pieces;
-      copy_16_async(base + place + swizzled(r, piece), rows + (r < length ? r * stride : 0) + piece * 8, r < length);
+      copy_16_async(base + place + swizzled(r, piece), rows + (r < length ? r * stride : 0) + piece * 8,
+                    r < length);
     }
   }
 
-  __device__ __forceinline__ void copy_raw(int place, const void* from, int64_t stride, int64_t column) const {
+  __device__ __forceinline__ void copy_raw(int place, const void* from, int64_t stride,
+                                           int64_t column) const {
     const Element* rows = static_cast<const Element*>(from) + first * stride + column;
     constexpr int kPieces = K / 8;
     for (int i = thread; i < kChunk * kPieces; i += Shared::kThreads) {
@@ -131,7 +139,8 @@ struct Gradient {
       barrier_arrive_expect(barrier, Image::kSquare + 2 * Shared::kValueTile + 2 * kStateBytes);
       bulk_load(base + Shared::kState, args.states + index * kStateBytes, kStateBytes, barrier);
       bulk_load(base + Shared::kDState, args.d_states + index * kStateBytes, kStateBytes, barrier);
-      bulk_load(base + Shared::kA, args.inputs.images + index * Image::kBytes + Image::kA, Image::kSquare, barrier);
+      bulk_load(base + Shared::kA, args.inputs.images + index * Image::kBytes + Image::kA, Image::kSquare,
+                barrier);
       bulk_load(base + Shared::kU, args.u + index * Shared::kValueTile, Shared::kValueTile, barrier);
       bulk_load(base + Shared::kDU, args.d_u + index * Shared::kValueTile, Shared::kValueTile, barrier);
     }
@@ -145,7 +154,8 @@ struct Gradient {
     constexpr int kLines = (K * static_cast<int>(sizeof(GateElement)) + 127) / 128;
     if (thread < kChunk * kLines && thread / kLines < length) {
       const GateElement* gate = static_cast<const GateElement*>(args.inputs.gate) +
-                                (first + thread / kLines) * args.inputs.gate_stride + static_cast<int64_t>(head) * K;
+                                (first + thread / kLines) * args.inputs.gate_stride +
+                                static_cast<int64_t>(head) * K;
       asm volatile("prefetch.global.L2 [%0];" ::"l"(gate + thread % kLines * (128 / sizeof(GateElement))));
     }
     copy_wait<0>();
@@ -155,7 +165,8 @@ struct Gradient {
   }
 
   __device__ __forceinline__ float raw(int place, int token, int channel) const {
-    return to_float(*reinterpret_cast<const Element*>(shared + place + token * Shared::kRawRow + channel * 2));
+    return to_float(
+        *reinterpret_cast<const Element*>(shared + place + token * Shared::kRawRow + channel * 2));
   }
   static __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
   static __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -183,7 +194,8 @@ struct Gradient {
       }
       if (lane == 0) {
         floats(Shared::kNorms)[r] = args.inputs.l2norm ? rsqrtf(kk + 1e-6f) : 1.0f;
-        floats(Shared::kNorms)[kChunk + r] = (args.inputs.l2norm ? rsqrtf(qq + 1e-6f) : 1.0f) * args.inputs.scale;
+        floats(Shared::kNorms)[kChunk + r] =
+            (args.inputs.l2norm ? rsqrtf(qq + 1e-6f) : 1.0f) * args.inputs.scale;
       }
     }
     constexpr int kPairs = K / 2, kParts = Shared::kStateParts;
@@ -195,7 +207,8 @@ struct Gradient {
       for (int r = part * (V / kParts); r < (part + 1) * (V / kParts); ++r) {
         const uint32_t place = block + r * 128 + ((((pair >> 2) & 7) ^ (r & 7)) << 4) + (pair & 3) * 4;
         const float2 s = unpack<Element>(*reinterpret_cast<const uint32_t*>(shared + Shared::kState + place));
-        const float2 h = unpack<Element>(*reinterpret_cast<const uint32_t*>(shared + Shared::kDState + place));
+        const float2 h =
+            unpack<Element>(*reinterpret_cast<const uint32_t*>(shared + Shared::kDState + place));
         sum.x = fmaf(s.x, h.x, sum.x);
         sum.y = fmaf(s.y, h.y, sum.y);
       }
@@ -219,14 +232,15 @@ struct Gradient {
     for (int n = 0; n < N; ++n) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        *reinterpret_cast<float2*>(floats(place) + row(h) * ld + 8 * n + 2 * t) = {d[4 * n + 2 * h] * factor,
-                                                                                  d[4 * n + 2 * h + 1] * factor};
+        *reinterpret_cast<float2*>(floats(place) + row(h) * ld + 8 * n + 2 * t) = {
+            d[4 * n + 2 * h] * factor, d[4 * n + 2 * h + 1] * factor};
       }
     }
   }
 
   // The lower triangle of a [64][64] matrix, with or without its diagonal; zeros above.
-  __device__ __forceinline__ void store_pairs(int place, const float (&d)[32], float factor, int diagonal) const {
+  __device__ __forceinline__ void store_pairs(int place, const float (&d)[32], float factor,
+                                              int diagonal) const {
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
 #pragma unroll
@@ -243,7 +257,9 @@ struct Gradient {
   __device__ __forceinline__ uint64_t columns_of(int place, int bytes) const {
     return swizzled_matrix(base + place, bytes, 1024);
   }
-  __device__ __forceinline__ uint64_t rows_of(int place) const { return swizzled_matrix(base + place, 16, 1024); }
+  __device__ __forceinline__ uint64_t rows_of(int place) const {
+    return swizzled_matrix(base + place, 16, 1024);
+  }
 
   __device__ __forceinline__ void load_rows(int matrix, uint32_t (&a)[V / 16][4]) const {
 #pragma unroll
@@ -256,7 +272,8 @@ struct Gradient {
       wgmma<Element, 0>(d, a[i], rows_of(Shared::kU) + (i / 4) * 512 + (i % 4) * 2, i > 0);
   }
   // 64 channels of d = a S or a H
-  __device__ __forceinline__ void times_state(float (&d)[32], const uint32_t (&a)[V / 16][4], int state, int half) const {
+  __device__ __forceinline__ void times_state(float (&d)[32], const uint32_t (&a)[V / 16][4], int state,
+                                              int half) const {
 #pragma unroll
     for (int i = 0; i < V / 16; ++i)
       wgmma<Element, 1>(d, a[i], columns_of(state + half * V * 128, V * 128) + i * 128, i > 0);
@@ -285,8 +302,8 @@ struct Gradient {
   // Behind it nobody reads the operands of the products any more: their place is that of the results.
   __device__ __forceinline__ void operands_read() const { named_barrier(2, Shared::kThreads); }
 
-  // The products, shared among the warpgroups: dP, d(q D) | d(q D), dkt | dv, dM, d(k D) | dv again, d(k D), dkt. With K = 64
-  // the halves of 64 channels are all there is.
+  // The products, shared among the warpgroups: dP, d(q D) | d(q D), dkt | dv, dM, d(k D) | dv again, d(k D),
+  // dkt. With K = 64 the halves of 64 channels are all there is.
   __device__ __forceinline__ void products() const {
     constexpr bool kHalves = K == 128;
     const int group = warp >> 2;
@@ -351,9 +368,11 @@ struct Gradient {
   }
 
   // dv on its way out, and v . dv of each row.
-  __device__ __forceinline__ void value_gradients(const float (&dv)[V / 2], const uint32_t (&packed)[V / 16][4]) const {
+  __device__ __forceinline__ void value_gradients(const float (&dv)[V / 2],
+                                                  const uint32_t (&packed)[V / 16][4]) const {
     float sum[2] = {0.0f, 0.0f};
-    Element* to = static_cast<Element*>(args.d_v) + first * args.d_v_stride + static_cast<int64_t>(head) * V + 2 * t;
+    Element* to =
+        static_cast<Element*>(args.d_v) + first * args.d_v_stride + static_cast<int64_t>(head) * V + 2 * t;
 #pragma unroll
     for (int i = 0; i < V / 16; ++i) {
 #pragma unroll
@@ -385,7 +404,8 @@ struct Gradient {
   __device__ __forceinline__ float raw_gate(int token, int channel) const {
     if (token >= length) return 0.0f;
     const GateElement x = static_cast<const GateElement*>(
-        args.inputs.gate)[(first + token) * args.inputs.gate_stride + static_cast<int64_t>(head) * K + channel];
+        args.inputs
+            .gate)[(first + token) * args.inputs.gate_stride + static_cast<int64_t>(head) * K + channel];
     if constexpr (sizeof(GateElement) == 4) {
       return x;
     } else {
@@ -410,11 +430,13 @@ struct Gradient {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         const int token = 16 * s + i;
-        const GateSlopes gate = gate_slopes(args.inputs.gate_kind, x[i] + c.bias, c.rate, args.inputs.lower_bound);
+        const GateSlopes gate =
+            gate_slopes(args.inputs.gate_kind, x[i] + c.bias, c.rate, args.inputs.lower_bound);
         const float y = token < length ? fmaxf(gate.log2, -24.0f) : 0.0f;
         sum += y;
         floats(Shared::kLocal)[token * Shared::kLd + channel] = sum;
-        keys = fmaf(keys, fast_exp2(y), key(token, channel) * floats(Shared::kBack)[token * Shared::kLd + channel]);
+        keys = fmaf(keys, fast_exp2(y),
+                    key(token, channel) * floats(Shared::kBack)[token * Shared::kLd + channel]);
       }
       floats(Shared::kTotal)[s * K + channel] = sum;
       floats(Shared::kKeySums)[s * K + channel] = keys;
@@ -436,16 +458,18 @@ struct Gradient {
     const float* dp = floats(Shared::kDP);
     const float* dm = floats(Shared::kDM);
     const auto element = [&](const float* x, int i, int j) { return round_tf32(x[i * Shared::kPairLd + j]); };
-    const auto local = [&](int token, int channel) { return floats(Shared::kLocal)[token * Shared::kLd + channel]; };
+    const auto local = [&](int token, int channel) {
+      return floats(Shared::kLocal)[token * Shared::kLd + channel];
+    };
     // The columns' factors of accumulators, 2^log[channel]
-    const auto scale_columns = [&](float (&d)[kN][4], const float (&factor)[kN][2]) {
+    const auto scale_columns = [&](float(&d)[kN][4], const float(&factor)[kN][2]) {
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) d[n][i] *= factor[n][i & 1];
       }
     };
-    const auto total_factor = [&](int s, float (&factor)[kN][2]) {
+    const auto total_factor = [&](int s, float(&factor)[kN][2]) {
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -453,7 +477,7 @@ struct Gradient {
           factor[n][e] = fast_exp2(floats(Shared::kTotal)[s * K + channel0 + 8 * n + 2 * t + e]);
       }
     };
-    const auto add_to = [&](int place, int s, const float (&d)[kN][4], bool before) {
+    const auto add_to = [&](int place, int s, const float(&d)[kN][4], bool before) {
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -624,7 +648,8 @@ struct Gradient {
       bool open = true;
 #pragma unroll
       for (int i = 0; i < 16; ++i) open &= decay[i] > 6.2e-8f;
-      floats(Shared::kKeySums)[s * K + channel] = pass_marked(floats(Shared::kKeySums)[s * K + channel], open);
+      floats(Shared::kKeySums)[s * K + channel] =
+          pass_marked(floats(Shared::kKeySums)[s * K + channel], open);
     });
   }
   // The lowest bit of a sum tells whether the sub-chunk lets gradients of later ones pass.
@@ -640,7 +665,8 @@ struct Gradient {
       const Channel c = channel_of(channel);
       float carry = 0.0f;
 #pragma unroll
-      for (int part = 0; part < Shared::kStateParts; ++part) carry += floats(Shared::kStateSums)[part * K + channel];
+      for (int part = 0; part < Shared::kStateParts; ++part)
+        carry += floats(Shared::kStateSums)[part * K + channel];
       carry *= fast_exp2(between(0, 4, channel));
 #pragma unroll
       for (int r = 0; r < 4; ++r)
@@ -650,16 +676,18 @@ struct Gradient {
         carry = passes(floats(Shared::kKeySums)[r * K + channel]) ? sum + carry : sum;
       }
       float bias_sum = 0.0f;
-      GateElement* to = args.d_gate == nullptr ? nullptr
-                                               : static_cast<GateElement*>(args.d_gate) + first * args.d_gate_stride +
-                                                     static_cast<int64_t>(head) * K + channel;
+      GateElement* to = args.d_gate == nullptr
+                            ? nullptr
+                            : static_cast<GateElement*>(args.d_gate) + first * args.d_gate_stride +
+                                  static_cast<int64_t>(head) * K + channel;
       float x[16];
 #pragma unroll
       for (int i = 0; i < 16; ++i) x[i] = raw_gate(16 * s + i, channel);
 #pragma unroll
       for (int i = 15; i >= 0; --i) {
         const int token = 16 * s + i;
-        const GateSlopes gate = gate_slopes(args.inputs.gate_kind, x[i] + c.bias, c.rate, args.inputs.lower_bound);
+        const GateSlopes gate =
+            gate_slopes(args.inputs.gate_kind, x[i] + c.bias, c.rate, args.inputs.lower_bound);
         const bool cut = gate.log2 <= -23.99f && token < length;
         carry = cut ? 0.0f : carry;
         const float local = floats(Shared::kLocal)[token * Shared::kLd + channel];
@@ -676,7 +704,9 @@ struct Gradient {
     if (lane == 0) floats(Shared::kRateSums)[warp] = rate_sum;
   }
   static __device__ __forceinline__ void store_gate(float* to, float x) { *to = x; }
-  static __device__ __forceinline__ void store_gate(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+  static __device__ __forceinline__ void store_gate(__nv_bfloat16* to, float x) {
+    *to = __float2bfloat16_rn(x);
+  }
   static __device__ __forceinline__ void store_gate(__half* to, float x) { *to = __float2half_rn(x); }
 
   __device__ __forceinline__ void store_sums() const {
@@ -761,18 +791,19 @@ __global__ void __launch_bounds__(512, 1) kda_gradient(const __grid_constant__ K
   int length;
   if (!locate_chunk(args.layout, chunk, first, length)) return;
   const int lane = threadIdx.x & 31;
-  const Gradient<Element, K, V, GateElement> gradient{.args = args,
-                                                      .shared = shared,
-                                                      .base = shared_address(shared),
-                                                      .chunk = chunk,
-                                                      .first = first,
-                                                      .head = head,
-                                                      .length = length,
-                                                      .thread = static_cast<int>(threadIdx.x),
-                                                      .warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0),
-                                                      .lane = lane,
-                                                      .g = lane >> 2,
-                                                      .t = lane & 3};
+  const Gradient<Element, K, V, GateElement> gradient{
+      .args = args,
+      .shared = shared,
+      .base = shared_address(shared),
+      .chunk = chunk,
+      .first = first,
+      .head = head,
+      .length = length,
+      .thread = static_cast<int>(threadIdx.x),
+      .warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0),
+      .lane = lane,
+      .g = lane >> 2,
+      .t = lane & 3};
   gradient.load();
   gradient.norms_and_state_sums();
   gradient.products();

@@ -1,20 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// First stage of the gradients on Hopper, the forward pass again: from q, k, gate and beta of one chunk and value head to its image
-// (kda_backward_sm90.cuh). All chunks are independent. A block of 4 warps per chunk; warp I owns the 16 tokens of
-// sub-chunk I.
+// First stage of the gradients on Hopper, the forward pass again: from q, k, gate and beta of one chunk and
+// value head to its image (kda_backward_sm90.cuh). All chunks are independent. A block of 4 warps per chunk;
+// warp I owns the 16 tokens of sub-chunk I.
 //
-// Every element is handled in the registers of the thread that holds it as an operand of a matrix product: the
-// cumulative gate is a product with a triangle of ones, whose result lies where ldmatrix puts q and k; an A operand
-// of a matrix is a B operand of its transpose. So the diagonal 16 x 16 blocks of L and P never leave the registers.
+// Every element is handled in the registers of the thread that holds it as an operand of a matrix product:
+// the cumulative gate is a product with a triangle of ones, whose result lies where ldmatrix puts q and k; an
+// A operand of a matrix is a B operand of its transpose. So the diagonal 16 x 16 blocks of L and P never
+// leave the registers.
 //
 // Decays are split so that no operand overflows and nothing that matters underflows, for any gate:
 //   - A decay below 2^-24 per token counts as 2^-24 (the resolution of fp32).
-//   - Blocks (I, J) with J < I: rows times 2^(G - start of I), columns times 2^(end of J - G), and what lies between
+//   - Blocks (I, J) with J < I: rows times 2^(G - start of I), columns times 2^(end of J - G), and what lies
+//   between
 //     as a factor of the rows; all are at most 1, so fp16 operands, 3 digits better than bf16.
-//   - Diagonal blocks: when the sub-chunk decays by no more than 2^-104, rows times 2^(G - start), columns times the
-//     inverse. Otherwise columns are taken relative to the fifth token of their half (8 tokens), the rows to the one
-//     of the columns they meet: exponents are at most 96 where i >= j, since one token changes G by no more than 24.
-//     bf16 operands for their range.
+//   - Diagonal blocks: when the sub-chunk decays by no more than 2^-104, rows times 2^(G - start), columns
+//   times the
+//     inverse. Otherwise columns are taken relative to the fifth token of their half (8 tokens), the rows to
+//     the one of the columns they meet: exponents are at most 96 where i >= j, since one token changes G by
+//     no more than 24. bf16 operands for their range.
 #pragma once
 #include "kernels/kda/kda_backward_sm90.cuh"
 
@@ -23,29 +26,32 @@ namespace kilin::cuda::backward {
 template <int K>
 struct PrepareShared {
   using Image = KdaImage<K>;
-  // The image's places serve earlier steps: minus w holds the raw gate, then k 2^G; P and A hold the columns of the
-  // off-diagonal blocks.
+  // The image's places serve earlier steps: minus w holds the raw gate, then k 2^G; P and A hold the columns
+  // of the off-diagonal blocks.
   static constexpr int kColumns = Image::kP;  // [4][K / 16][32 lanes][16 bytes], fp16
-  static constexpr int kBlocks = (Image::kBytes + 127) / 128 * 128;  // [10][16][kBlockLd] fp32: A, lower blocks
+  static constexpr int kBlocks =
+      (Image::kBytes + 127) / 128 * 128;  // [10][16][kBlockLd] fp32: A, lower blocks
   static constexpr int kBlockLd = 20;
-  static constexpr int kTables = kBlocks;                    // before the blocks are there:
-  static constexpr int kTotal = kTables;                     // [4][K] log2 decay of each sub-chunk
-  static constexpr int kBefore = kTotal + 4 * K * 4;         // [4][K] 2^(start of sub-chunk)
-  static constexpr int kAfter = kBefore + 4 * K * 4;         // [4][K] 2^(G_C - end of sub-chunk)
-  static constexpr int kBetween = kAfter + 4 * K * 4;        // [3][K] fp16: sub-chunks 1, 2, 1 and 2
+  static constexpr int kTables = kBlocks;              // before the blocks are there:
+  static constexpr int kTotal = kTables;               // [4][K] log2 decay of each sub-chunk
+  static constexpr int kBefore = kTotal + 4 * K * 4;   // [4][K] 2^(start of sub-chunk)
+  static constexpr int kAfter = kBefore + 4 * K * 4;   // [4][K] 2^(G_C - end of sub-chunk)
+  static constexpr int kBetween = kAfter + 4 * K * 4;  // [3][K] fp16: sub-chunks 1, 2, 1 and 2
   static constexpr int kBlocksBytes = 10 * 16 * kBlockLd * 4;
   static constexpr int kTablesBytes = 12 * K * 4 + 3 * K * 2;
-  static constexpr int kBeta = kBlocks + (kBlocksBytes > kTablesBytes ? kBlocksBytes : kTablesBytes);  // [64] fp32
+  static constexpr int kBeta =
+      kBlocks + (kBlocksBytes > kTablesBytes ? kBlocksBytes : kTablesBytes);  // [64] fp32
   static constexpr int kBytes = kBeta + kChunk * 4;
 };
 
 // log2 of the decay of one token, at least -24.
-__device__ __forceinline__ float log2_decay(KdaGate kind, float x, float bias, float rate, float lower_bound) {
+__device__ __forceinline__ float log2_decay(KdaGate kind, float x, float bias, float rate,
+                                            float lower_bound) {
   constexpr float kLog2e = 1.44269504f;
   float y;
   if (kind == KdaGate::kSoftplus) {
-    // -rate log2(1 + e^x) = -rate (max(z, 0) + log2(1 + 2^-|z|)), z = x log2 e. Small terms by their series: what
-    // 1 + 2^-|z| loses would add up over a long, slow decay.
+    // -rate log2(1 + e^x) = -rate (max(z, 0) + log2(1 + 2^-|z|)), z = x log2 e. Small terms by their series:
+    // what 1 + 2^-|z| loses would add up over a long, slow decay.
     const float z = (x + bias) * kLog2e;
     const float e = fast_exp2(-fabsf(z));
     const float series = kLog2e * e * (1.0f - e * (0.5f - e * (0.33333333f - 0.25f * e)));
@@ -87,7 +93,9 @@ struct Prepare {
   float l[4][2][4];    // L of this warp's rows, [sub-chunk][8 columns][registers]; [3] is the diagonal block
   float p[4][2][4];    // q k^T alike
 
-  __device__ __forceinline__ float* floats(int offset) const { return reinterpret_cast<float*>(shared + offset); }
+  __device__ __forceinline__ float* floats(int offset) const {
+    return reinterpret_cast<float*>(shared + offset);
+  }
   __device__ __forceinline__ int row(int half) const { return 16 * warp + g + 8 * half; }
   // Address for ldmatrix of the 16 x 16 block (rows of sub-chunk, columns 16 step ...) of a swizzled matrix.
   __device__ __forceinline__ uint32_t block_address(int matrix, int sub_chunk, int step) const {
@@ -165,11 +173,13 @@ struct Prepare {
         x[i >> 1][i & 1][1] = pair.y;
       }
     } else {
-      const float* rows = static_cast<const float*>(args.gate) + first * args.gate_stride + head * K + 16 * step + g;
+      const float* rows =
+          static_cast<const float*>(args.gate) + first * args.gate_stride + head * K + 16 * step + g;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int token = 16 * warp + 2 * t + (i & 1) + 8 * ((i >> 1) & 1);
-        x[i >> 2][(i >> 1) & 1][i & 1] = token < length ? rows[token * args.gate_stride + 8 * (i >> 2)] : 0.0f;
+        x[i >> 2][(i >> 1) & 1][i & 1] =
+            token < length ? rows[token * args.gate_stride + 8 * (i >> 2)] : 0.0f;
       }
     }
 #pragma unroll
@@ -187,8 +197,8 @@ struct Prepare {
     }
   }
 
-  // sum[n] (accumulator layout, 16 tokens x 8 channels) = inclusive sum over tokens of x: a product with a triangle
-  // of ones, each float as two tf32 terms. Token 2t stands at k = t, token 2t + 1 at k = t + 4.
+  // sum[n] (accumulator layout, 16 tokens x 8 channels) = inclusive sum over tokens of x: a product with a
+  // triangle of ones, each float as two tf32 terms. Token 2t stands at k = t, token 2t + 1 at k = t + 4.
   __device__ __forceinline__ void cumulative(const float (&x)[2][2][2], float (&sum)[2][4]) const {
     const float even = 2 * t <= g ? 1.0f : 0.0f;
     const float odd = 2 * t + 1 <= g ? 1.0f : 0.0f;
@@ -209,13 +219,14 @@ struct Prepare {
     }
   }
 
-  // Diagonal blocks of this warp in registers; leaves k 2^(G - start) and q 2^(G - start) as fp16 in the places of k
-  // and q, k 2^(end - G) among the columns, and the sub-chunk's decay in the table.
+  // Diagonal blocks of this warp in registers; leaves k 2^(G - start) and q 2^(G - start) as fp16 in the
+  // places of k and q, k 2^(end - G) among the columns, and the sub-chunk's decay in the table.
   __device__ __forceinline__ void diagonal() {
     float k_norm[2], q_norm[2];
     inverse_norms(Image::kK, k_norm);
     inverse_norms(Image::kQ, q_norm);
-    const float rate = args.a_log != nullptr && args.gate_kind != KdaGate::kNone ? __expf(args.a_log[head]) : 1.0f;
+    const float rate =
+        args.a_log != nullptr && args.gate_kind != KdaGate::kNone ? __expf(args.a_log[head]) : 1.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) l[3][i >> 2][i & 3] = p[3][i >> 2][i & 3] = 0.0f;
 #pragma unroll 1
@@ -226,8 +237,8 @@ struct Prepare {
       if (g == 7) {
 #pragma unroll
         for (int n = 0; n < 2; ++n)
-          *reinterpret_cast<float2*>(floats(Shared::kTotal) + warp * K + 16 * step + 8 * n + 2 * t) = {sum[n][2],
-                                                                                                       sum[n][3]};
+          *reinterpret_cast<float2*>(floats(Shared::kTotal) + warp * K + 16 * step + 8 * n + 2 * t) = {
+              sum[n][2], sum[n][3]};
       }
       uint32_t kr[4], qr[4], columns[4];
       ldmatrix(kr, block_address(Image::kK, warp, step));
@@ -258,8 +269,9 @@ struct Prepare {
     }
   }
 
-  __device__ __forceinline__ void gentle_step(const float (&sum)[2][4], const float (&k)[4][2], const float (&q)[4][2],
-                                              uint32_t (&kr)[4], uint32_t (&qr)[4], uint32_t (&columns)[4]) {
+  __device__ __forceinline__ void gentle_step(const float (&sum)[2][4], const float (&k)[4][2],
+                                              const float (&q)[4][2], uint32_t (&kr)[4], uint32_t (&qr)[4],
+                                              uint32_t (&columns)[4]) {
     uint32_t row_k[4], row_q[4], column[4];
     float up[4][2], inverse[4][2];
 #pragma unroll
@@ -296,9 +308,10 @@ struct Prepare {
     }
   }
 
-  __device__ __forceinline__ void steep_step(const float (&sum)[2][4], const float (&k)[4][2], const float (&q)[4][2],
-                                          uint32_t (&kr)[4], uint32_t (&qr)[4], uint32_t (&columns)[4]) {
-    uint32_t first_k[4], first_q[4];   // rows for the columns 0 to 7, relative to token 4
+  __device__ __forceinline__ void steep_step(const float (&sum)[2][4], const float (&k)[4][2],
+                                             const float (&q)[4][2], uint32_t (&kr)[4], uint32_t (&qr)[4],
+                                             uint32_t (&columns)[4]) {
+    uint32_t first_k[4], first_q[4];    // rows for the columns 0 to 7, relative to token 4
     uint32_t second_k[4], second_q[4];  // for the columns 8 to 15, relative to token 12
     uint32_t column[4];
 #pragma unroll
@@ -363,7 +376,8 @@ struct Prepare {
     __syncthreads();
   }
 
-  // Blocks left of the diagonal, and the matrices q, k and k 2^G (in the place of the gate) of this warp's rows.
+  // Blocks left of the diagonal, and the matrices q, k and k 2^G (in the place of the gate) of this warp's
+  // rows.
   __device__ __forceinline__ void off_diagonal() {
 #pragma unroll
     for (int i = 0; i < 24; ++i) l[i >> 3][(i >> 2) & 1][i & 3] = p[i >> 3][(i >> 2) & 1][i & 3] = 0.0f;
@@ -413,7 +427,8 @@ struct Prepare {
         for (int h = 0; h < 2; ++h) {
           const int i = 2 * n + h;
           const float2 k = unpack<__half>(kr[i]), q = unpack<__half>(qr[i]), c = unpack<__half>(column[i]);
-          store_shared(pair_address(Image::kMinusW, h, step, n), pack<Element>(k.x * before.x, k.y * before.y));
+          store_shared(pair_address(Image::kMinusW, h, step, n),
+                       pack<Element>(k.x * before.x, k.y * before.y));
           store_shared(pair_address(Image::kQ, h, step, n),
                        pack<Element>(q.x * before.x * args.scale, q.y * before.y * args.scale));
           store_shared(pair_address(Image::kK, h, step, n), pack<Element>(c.x * after.x, c.y * after.y));
@@ -463,15 +478,16 @@ struct Prepare {
     }
   }
 
-  // A of the diagonal block by forward substitution, a column per lane (the upper half of the lanes does it again).
+  // A of the diagonal block by forward substitution, a column per lane (the upper half of the lanes does it
+  // again).
   __device__ __forceinline__ void invert_diagonal() {
     float* own = block(warp, warp);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        *reinterpret_cast<float2*>(own + (g + 8 * h) * Shared::kBlockLd + 8 * n + 2 * t) = {l[3][n][2 * h],
-                                                                                          l[3][n][2 * h + 1]};
+        *reinterpret_cast<float2*>(own + (g + 8 * h) * Shared::kBlockLd + 8 * n + 2 * t) = {
+            l[3][n][2 * h], l[3][n][2 * h + 1]};
     }
     __syncwarp();
     const int column = lane & 15;
@@ -498,15 +514,18 @@ struct Prepare {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         const uint32_t both = pack<Element>(a[i] * beta, 0.0f);
-        const uint32_t address = base + Image::kA + swizzled(16 * warp + i, 2 * warp + (column >> 3)) + 2 * (column & 7);
+        const uint32_t address =
+            base + Image::kA + swizzled(16 * warp + i, 2 * warp + (column >> 3)) + 2 * (column & 7);
         asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(both)) : "memory");
       }
     }
     __syncthreads();
   }
 
-  // d += X B, X in accumulator layout (16 x 16), B a block in shared memory: tf32, column 2t at k = t, 2t + 1 at t + 4.
-  __device__ __forceinline__ void multiply_block(float (&d)[2][4], const float (&x)[2][4], const float* b) const {
+  // d += X B, X in accumulator layout (16 x 16), B a block in shared memory: tf32, column 2t at k = t, 2t + 1
+  // at t + 4.
+  __device__ __forceinline__ void multiply_block(float (&d)[2][4], const float (&x)[2][4],
+                                                 const float* b) const {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const float* rows = b + (8 * k + 2 * t) * Shared::kBlockLd + g;
@@ -546,7 +565,8 @@ struct Prepare {
         __syncwarp();
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-          const float2 beta = *reinterpret_cast<const float2*>(floats(Shared::kBeta) + 16 * j + 8 * n + 2 * t);
+          const float2 beta =
+              *reinterpret_cast<const float2*>(floats(Shared::kBeta) + 16 * j + 8 * n + 2 * t);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             *reinterpret_cast<float2*>(place + (g + 8 * h) * Shared::kBlockLd + 8 * n + 2 * t) = {
@@ -584,7 +604,8 @@ struct Prepare {
     for (int i = 0; i < 2 * kSteps; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        store_shared(pair_address(Image::kMinusW, h, i >> 1, i & 1), pack<Element>(-w[i][2 * h], -w[i][2 * h + 1]));
+        store_shared(pair_address(Image::kMinusW, h, i >> 1, i & 1),
+                     pack<Element>(-w[i][2 * h], -w[i][2 * h + 1]));
     }
   }
 };
@@ -622,7 +643,8 @@ __global__ void __launch_bounds__(128, 2) kda_prepare(const __grid_constant__ Kd
   grid_release();
   if (threadIdx.x == 0) {
     using Image = KdaImage<K>;
-    bulk_store(args.images + static_cast<int64_t>(blockIdx.x) * Image::kBytes, shared_address(shared), Image::kBytes);
+    bulk_store(args.images + static_cast<int64_t>(blockIdx.x) * Image::kBytes, shared_address(shared),
+               Image::kBytes);
     bulk_commit();
     bulk_wait_read();
   }

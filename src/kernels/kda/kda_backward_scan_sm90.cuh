@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two scans over the chunks of a sequence and value head. With S the state before a chunk (V x K), H the gradient of
-// the state after it, and the matrices of the chunk's image (kda_backward_sm90.cuh):
-//     forward    U^T  = v^T A^T + S (minus w)^T              reverse    dU^T = dO^T P + H k^T              [V][C]
-//                S   <- S diag(decay) + U^T k                           H   <- H diag(decay) + dO^T q + dU^T (minus w)
-// S and H before each of these updates, rounded, and U and dU are kept. A warpgroup owns 64 rows of S or H as fp32
-// accumulators; rounded to 16 bits they and the rows v, dO, U, dU are A operands in registers, and everything else is a B
-// operand that a bulk copy brought from the workspace. Rows do not depend on one another. One further warp loads the
-// stages ahead.
+// The two scans over the chunks of a sequence and value head. With S the state before a chunk (V x K), H the
+// gradient of the state after it, and the matrices of the chunk's image (kda_backward_sm90.cuh):
+//     forward    U^T  = v^T A^T + S (minus w)^T              reverse    dU^T = dO^T P + H k^T [V][C]
+//                S   <- S diag(decay) + U^T k                           H   <- H diag(decay) + dO^T q + dU^T
+//                (minus w)
+// S and H before each of these updates, rounded, and U and dU are kept. A warpgroup owns 64 rows of S or H as
+// fp32 accumulators; rounded to 16 bits they and the rows v, dO, U, dU are A operands in registers, and
+// everything else is a B operand that a bulk copy brought from the workspace. Rows do not depend on one
+// another. One further warp loads the stages ahead.
 #pragma once
 #include "kernels/cuda/wgmma.cuh"
 #include "kernels/kda/kda_backward_sm90.cuh"
@@ -29,7 +30,7 @@ struct ScanShared {
   using Image = KdaImage<K>;
   static constexpr int kMinusW = 0;
   static constexpr int kK = Image::kTile;
-  static constexpr int kQ = 2 * Image::kTile;                  // reverse only
+  static constexpr int kQ = 2 * Image::kTile;                        // reverse only
   static constexpr int kSquare = (kReverse ? 3 : 2) * Image::kTile;  // A or P
   static constexpr int kDecay = kSquare + Image::kSquare;
   static constexpr int kLoaded = kDecay + K * 4;
@@ -43,8 +44,8 @@ struct ScanShared {
 
 // One warp: loads the stages in the order of the scan.
 template <class Element, int K, bool kReverse>
-__device__ __forceinline__ void scan_load(const ScanArgs& args, const ChunkSequence& sequence, int head, int column,
-                                          uint32_t base) {
+__device__ __forceinline__ void scan_load(const ScanArgs& args, const ChunkSequence& sequence, int head,
+                                          int column, uint32_t base) {
   using Image = KdaImage<K>;
   using Shared = ScanShared<K, kReverse>;
   const int lane = threadIdx.x & 31;
@@ -71,8 +72,10 @@ __device__ __forceinline__ void scan_load(const ScanArgs& args, const ChunkSeque
     for (int j = lane; j < 512; j += 32) {
       const int r = j / 8, piece = j % 8;
       const bool valid = r < left;
-      copy_16_async(place + Shared::kValues + swizzled(r, piece),
-                    rows + (static_cast<int64_t>(c) * kChunk + (valid ? r : 0)) * args.values_stride + piece * 8, valid);
+      copy_16_async(
+          place + Shared::kValues + swizzled(r, piece),
+          rows + (static_cast<int64_t>(c) * kChunk + (valid ? r : 0)) * args.values_stride + piece * 8,
+          valid);
     }
     barrier_arrive_copies(full);
   }
@@ -94,7 +97,8 @@ struct Scan {
   float s[K / 2];
 
   __device__ __forceinline__ int64_t state_index(int64_t slot, int64_t stride, int half, int n) const {
-    return slot * stride + (static_cast<int64_t>(head) * args.value_dim + column + g + 8 * half) * K + 8 * n + 2 * t;
+    return slot * stride + (static_cast<int64_t>(head) * args.value_dim + column + g + 8 * half) * K + 8 * n +
+           2 * t;
   }
 
   // Calls body(index of a pair in `states`, its place in s).
@@ -128,14 +132,16 @@ struct Scan {
 
   // S or H, rounded, to its image [K / 64][V][64] in the 128-byte swizzle
   __device__ __forceinline__ void keep_state(const uint32_t (&rounded)[kSteps][4], int c) const {
-    uint8_t* to = args.states + ((sequence.chunk + c) * args.value_heads + head) * (int64_t{2} * K * args.value_dim) +
+    uint8_t* to = args.states +
+                  ((sequence.chunk + c) * args.value_heads + head) * (int64_t{2} * K * args.value_dim) +
                   (column + g) * 128 + 4 * t;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int piece = ((2 * i + (j >> 1)) & 7) ^ g;
-        *reinterpret_cast<uint32_t*>(to + (i >> 2) * (args.value_dim * 128) + (j & 1) * 1024 + (piece << 4)) = rounded[i][j];
+        *reinterpret_cast<uint32_t*>(to + (i >> 2) * (args.value_dim * 128) + (j & 1) * 1024 + (piece << 4)) =
+            rounded[i][j];
       }
     }
   }
@@ -146,11 +152,12 @@ struct Scan {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int token = 8 * (2 * i + (lane >> 4)) + (lane & 7);
-      stmatrix_trans(values + swizzled(token, 2 * warp + ((lane >> 3) & 1)), r[i][0], r[i][1], r[i][2], r[i][3]);
+      stmatrix_trans(values + swizzled(token, 2 * warp + ((lane >> 3) & 1)), r[i][0], r[i][1], r[i][2],
+                     r[i][3]);
     }
     __syncwarp();
-    uint8_t* to =
-        args.written + (((sequence.chunk + c) * args.value_heads + head) * (args.value_dim / 64) + block) * 8192;
+    uint8_t* to = args.written +
+                  (((sequence.chunk + c) * args.value_heads + head) * (args.value_dim / 64) + block) * 8192;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t place = swizzled(16 * i + (lane >> 1), 2 * warp + (lane & 1));
@@ -172,7 +179,8 @@ struct Scan {
     for (int i = 0; i < 4; ++i)
       wgmma<Element, kReverse ? 1 : 0>(r, values[i], square + i * (kReverse ? 128 : 2), i > 0);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) wgmma<Element, 0>(r, rounded[i], keys + (i / 4) * 512 + (i % 4) * 2, true);
+    for (int i = 0; i < kSteps; ++i)
+      wgmma<Element, 0>(r, rounded[i], keys + (i / 4) * 512 + (i % 4) * 2, true);
     wgmma_commit();
   }
 
@@ -201,7 +209,8 @@ struct Scan {
       float r[32];
       wgmma_fence();
       begin_written(r, values, rounded, place);
-      const float* decay = reinterpret_cast<const float*>(shared + stage * Shared::kStage + Shared::kDecay) + 2 * t;
+      const float* decay =
+          reinterpret_cast<const float*>(shared + stage * Shared::kStage + Shared::kDecay) + 2 * t;
 #pragma unroll
       for (int n = 0; n < K / 8; ++n) {
         const float2 factor = *reinterpret_cast<const float2*>(decay + 8 * n);
@@ -254,7 +263,8 @@ __global__ void __launch_bounds__(160, 1) kda_backward_scan(const __grid_constan
   }
   __syncthreads();
   const ChunkSequence sequence = chunk_sequence(args.layout, number);
-  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0);  // known to be the same in the whole warp
+  const int warp =
+      __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0);  // known to be the same in the whole warp
   if (warp == 4) {
     scan_load<Element, K, kReverse>(args, sequence, head, part * 64, base);
     copy_wait<0>();

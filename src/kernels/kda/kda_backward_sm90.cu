@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients on Hopper: workspace and launches. Stages (docs/notes/20261124-cuda-backward.md): the forward pass again
-// (kda_prepare, kda_backward_scan, which keeps the states between chunks and U), the reverse scan, kda_gradient for all
-// chunks at once, sums.
+// Gradients on Hopper: workspace and launches. Stages (docs/notes/20261124-cuda-backward.md): the forward
+// pass again (kda_prepare, kda_backward_scan, which keeps the states between chunks and U), the reverse scan,
+// kda_gradient for all chunks at once, sums.
 #include <algorithm>
 
 #include "kernels/cuda/check.h"
@@ -91,10 +91,10 @@ void launch(Kernel* kernel, const char* name, int64_t blocks, int threads, int s
   check_cuda(cudaLaunchKernelEx(&config, kernel, args), "launch of {}", name);
 }
 
-// Fills the tables of chunks (in device memory, as large as they must be) when the sequences differ in length, and tells
-// where every chunk lies.
+// Fills the tables of chunks (in device memory, as large as they must be) when the sequences differ in
+// length, and tells where every chunk lies.
 KdaLayout make_layout(const KdaCudaParams& p, int32_t* offsets, int64_t* starts, int64_t* chunks,
-                             cudaStream_t stream) {
+                      cudaStream_t stream) {
   KdaLayout layout{.sequences = p.sequences};
   if (p.cu_seqlens == nullptr) {
     layout.length = p.tokens / p.sequences;
@@ -102,11 +102,11 @@ KdaLayout make_layout(const KdaCudaParams& p, int32_t* offsets, int64_t* starts,
     return layout;
   }
   if (p.wide_seqlens) {
-    kda_chunk_table<<<1, 1024, 0, stream>>>(static_cast<const int64_t*>(p.cu_seqlens), p.sequences, offsets, starts,
-                                               chunks);
+    kda_chunk_table<<<1, 1024, 0, stream>>>(static_cast<const int64_t*>(p.cu_seqlens), p.sequences, offsets,
+                                            starts, chunks);
   } else {
-    kda_chunk_table<<<1, 1024, 0, stream>>>(static_cast<const int32_t*>(p.cu_seqlens), p.sequences, offsets, starts,
-                                               chunks);
+    kda_chunk_table<<<1, 1024, 0, stream>>>(static_cast<const int32_t*>(p.cu_seqlens), p.sequences, offsets,
+                                            starts, chunks);
   }
   check_launch("kda_chunk_table");
   layout.offsets = offsets;
@@ -144,9 +144,10 @@ struct BackwardWorkspace {
 };
 
 // The gradient of beta is found times beta: a zero becomes a number too small to matter.
-__global__ void kda_copy_beta(const void* from, CudaType type, int64_t stride, int64_t tokens, int heads, float least,
-                              float* to) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < tokens * heads; i += int64_t{gridDim.x} * blockDim.x) {
+__global__ void kda_copy_beta(const void* from, CudaType type, int64_t stride, int64_t tokens, int heads,
+                              float least, float* to) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < tokens * heads;
+       i += int64_t{gridDim.x} * blockDim.x) {
     const float beta = load_float(from, type, i / heads * stride + i % heads);
     to[i] = fabsf(beta) < least ? least : beta;
   }
@@ -154,8 +155,8 @@ __global__ void kda_copy_beta(const void* from, CudaType type, int64_t stride, i
 
 // The sum over the value heads of a head.
 template <class Element>
-__global__ void kda_sum_heads(const float* from, int64_t tokens, int heads, int group, int key_dim, Element* to,
-                              int64_t stride) {
+__global__ void kda_sum_heads(const float* from, int64_t tokens, int heads, int group, int key_dim,
+                              Element* to, int64_t stride) {
   const int64_t width = static_cast<int64_t>(heads) * key_dim;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < tokens * width;
        i += int64_t{gridDim.x} * blockDim.x) {
@@ -167,16 +168,18 @@ __global__ void kda_sum_heads(const float* from, int64_t tokens, int heads, int 
   }
 }
 
-// d_a_log and d_dt_bias of one head: sums over chunks in a fixed order. Blocks of (1 + K rounded up, 4) threads.
-__global__ void kda_sum_chunks(const float* sums, KdaLayout layout, int64_t chunks, int value_heads, int key_dim,
-                               float* d_a_log, float* d_dt_bias) {
+// d_a_log and d_dt_bias of one head: sums over chunks in a fixed order. Blocks of (1 + K rounded up, 4)
+// threads.
+__global__ void kda_sum_chunks(const float* sums, KdaLayout layout, int64_t chunks, int value_heads,
+                               int key_dim, float* d_a_log, float* d_dt_bias) {
   __shared__ float parts[4][160];
   if (layout.offsets != nullptr) chunks = layout.offsets[layout.sequences];
   const int channel = static_cast<int>(threadIdx.x), part = static_cast<int>(threadIdx.y);
   const int64_t head = blockIdx.x;
   float sum = 0.0f;
   if (channel <= key_dim) {
-    for (int64_t c = part; c < chunks; c += 4) sum += sums[(c * value_heads + head) * (1 + key_dim) + channel];
+    for (int64_t c = part; c < chunks; c += 4)
+      sum += sums[(c * value_heads + head) * (1 + key_dim) + channel];
   }
   parts[part][channel] = sum;
   __syncthreads();
@@ -194,14 +197,14 @@ void run_kernels(const KdaCudaParams& p, const KdaPrepareArgs& prepare_args, con
                  const ScanArgs& reverse_args, const KdaGradientArgs& gradient_args, cudaStream_t stream) {
   const int64_t chunks = chunk_bound(p) * p.value_heads;
   const int64_t pairs = static_cast<int64_t>(p.sequences) * p.value_heads * (K / 64);
-  launch(kda_prepare<Element, K, GateElement>, "kda_prepare", chunks, 128, PrepareShared<K>::kBytes, false, stream,
-         prepare_args);
-  launch(kda_backward_scan<Element, K, false>, "kda_backward_scan", pairs, 160, ScanShared<K, false>::kBytes, false, stream,
-         scan_args);
-  launch(kda_backward_scan<Element, K, true>, "kda_backward_scan (reverse)", pairs, 160, ScanShared<K, true>::kBytes, false,
-         stream, reverse_args);
-  launch(kda_gradient<Element, K, K, GateElement>, "kda_gradient", chunks, GradientShared<K, K>::kThreads, GradientShared<K, K>::kBytes, false,
-         stream, gradient_args);
+  launch(kda_prepare<Element, K, GateElement>, "kda_prepare", chunks, 128, PrepareShared<K>::kBytes, false,
+         stream, prepare_args);
+  launch(kda_backward_scan<Element, K, false>, "kda_backward_scan", pairs, 160, ScanShared<K, false>::kBytes,
+         false, stream, scan_args);
+  launch(kda_backward_scan<Element, K, true>, "kda_backward_scan (reverse)", pairs, 160,
+         ScanShared<K, true>::kBytes, false, stream, reverse_args);
+  launch(kda_gradient<Element, K, K, GateElement>, "kda_gradient", chunks, GradientShared<K, K>::kThreads,
+         GradientShared<K, K>::kBytes, false, stream, gradient_args);
 }
 
 template <class Element>
@@ -220,8 +223,9 @@ void run(const KdaBackwardCudaParams& params, const KdaPrepareArgs& prepare_args
   const int64_t chunks = p.cu_seqlens == nullptr ? chunk_bound(p) : 0;
   const auto sum_heads = [&](const void* from, const CudaGradient& to) {
     if (to.data == nullptr) return;
-    kda_sum_heads<<<1024, 256, 0, stream>>>(static_cast<const float*>(from), p.tokens, p.heads, p.value_heads / p.heads,
-                                            p.key_dim, static_cast<Element*>(to.data), to.stride);
+    kda_sum_heads<<<1024, 256, 0, stream>>>(static_cast<const float*>(from), p.tokens, p.heads,
+                                            p.value_heads / p.heads, p.key_dim,
+                                            static_cast<Element*>(to.data), to.stride);
     check_launch("kda_sum_heads");
   };
   if (gradient_args.wide_keys && p.tokens > 0) {
@@ -231,7 +235,8 @@ void run(const KdaBackwardCudaParams& params, const KdaPrepareArgs& prepare_args
   if (params.d_a_log != nullptr || params.d_dt_bias != nullptr) {
     const dim3 threads(static_cast<unsigned>(p.key_dim + 32), 4);
     kda_sum_chunks<<<static_cast<unsigned>(p.value_heads), threads, 0, stream>>>(
-        gradient_args.sums, gradient_args.layout, chunks, p.value_heads, p.key_dim, params.d_a_log, params.d_dt_bias);
+        gradient_args.sums, gradient_args.layout, chunks, p.value_heads, p.key_dim, params.d_a_log,
+        params.d_dt_bias);
     check_launch("kda_sum_chunks");
   }
 }
@@ -249,42 +254,41 @@ void kda_backward_cuda(const KdaBackwardCudaParams& params, void* workspace, siz
   validate(params);
   const KdaCudaParams& p = params.forward;
   const cuda::backward::BackwardWorkspace place(p);
-  check(workspace_bytes >= place.bytes, "kda_backward_cuda: workspace of {} bytes, expected {}", workspace_bytes,
-        place.bytes);
+  check(workspace_bytes >= place.bytes, "kda_backward_cuda: workspace of {} bytes, expected {}",
+        workspace_bytes, place.bytes);
   check(reinterpret_cast<uintptr_t>(workspace) % 256 == 0,
         "kda_backward_cuda: the workspace must be aligned to 256 bytes");
   if (p.sequences == 0) return;
   uint8_t* base = static_cast<uint8_t*>(workspace);
-  const cuda::backward::KdaLayout layout =
-      cuda::backward::make_layout(p, reinterpret_cast<int32_t*>(base + place.offsets),
-                        reinterpret_cast<int64_t*>(base + place.starts), reinterpret_cast<int64_t*>(base + place.chunks),
-                        stream);
+  const cuda::backward::KdaLayout layout = cuda::backward::make_layout(
+      p, reinterpret_cast<int32_t*>(base + place.offsets), reinterpret_cast<int64_t*>(base + place.starts),
+      reinterpret_cast<int64_t*>(base + place.chunks), stream);
   cuda::backward::KdaPrepareArgs inputs{.layout = layout,
-                              .q = p.q.data,
-                              .k = p.k.data,
-                              .gate = p.gate.data,
-                              .beta = p.beta.data,
-                              .q_stride = p.q.stride,
-                              .k_stride = p.k.stride,
-                              .gate_stride = p.gate.stride,
-                              .beta_stride = p.beta.stride,
-                              .a_log = p.a_log,
-                              .dt_bias = p.gate_kind == KdaGate::kNone ? nullptr : p.dt_bias,
-                              .heads = p.heads,
-                              .value_heads = p.value_heads,
-                              .gate_kind = p.gate_kind,
-                              .beta_type = p.beta_type,
-                              .l2norm = p.l2norm,
-                              .beta_is_logit = p.beta_is_logit,
-                              .beta_scale = p.beta_scale,
-                              .lower_bound = p.lower_bound,
-                              .scale = p.scale,
-                              .images = base + place.images};
+                                        .q = p.q.data,
+                                        .k = p.k.data,
+                                        .gate = p.gate.data,
+                                        .beta = p.beta.data,
+                                        .q_stride = p.q.stride,
+                                        .k_stride = p.k.stride,
+                                        .gate_stride = p.gate.stride,
+                                        .beta_stride = p.beta.stride,
+                                        .a_log = p.a_log,
+                                        .dt_bias = p.gate_kind == KdaGate::kNone ? nullptr : p.dt_bias,
+                                        .heads = p.heads,
+                                        .value_heads = p.value_heads,
+                                        .gate_kind = p.gate_kind,
+                                        .beta_type = p.beta_type,
+                                        .l2norm = p.l2norm,
+                                        .beta_is_logit = p.beta_is_logit,
+                                        .beta_scale = p.beta_scale,
+                                        .lower_bound = p.lower_bound,
+                                        .scale = p.scale,
+                                        .images = base + place.images};
   if (!p.beta_is_logit && p.tokens > 0) {
     float* beta = reinterpret_cast<float*>(base + place.beta);
     const float least = p.type == CudaType::kBf16 ? 1e-20f : 1e-3f;
-    cuda::backward::kda_copy_beta<<<256, 256, 0, stream>>>(p.beta.data, p.beta_type, p.beta.stride, p.tokens, p.value_heads, least,
-                                                 beta);
+    cuda::backward::kda_copy_beta<<<256, 256, 0, stream>>>(p.beta.data, p.beta_type, p.beta.stride, p.tokens,
+                                                           p.value_heads, least, beta);
     check_launch("kda_copy_beta");
     inputs.beta = beta;
     inputs.beta_stride = p.value_heads;
@@ -312,28 +316,28 @@ void kda_backward_cuda(const KdaBackwardCudaParams& params, void* workspace, siz
                                          .written = base + place.d_u};
   const bool wide = p.value_heads > p.heads;
   const cuda::backward::KdaGradientArgs gradient{.layout = layout,
-                                       .inputs = inputs,
-                                       .states = base + place.states,
-                                       .d_states = base + place.d_states,
-                                       .u = base + place.u,
-                                       .d_u = base + place.d_u,
-                                       .v = p.v.data,
-                                       .d_out = params.d_out.data,
-                                       .v_stride = p.v.stride,
-                                       .d_out_stride = params.d_out.stride,
-                                       .d_q = wide ? base + place.d_q : params.d_q.data,
-                                       .d_k = wide ? base + place.d_k : params.d_k.data,
-                                       .d_v = params.d_v.data,
-                                       .d_gate = params.d_gate.data,
-                                       .d_beta = params.d_beta.data,
-                                       .d_beta_type = p.beta_type,
-                                       .d_q_stride = params.d_q.stride,
-                                       .d_k_stride = params.d_k.stride,
-                                       .d_v_stride = params.d_v.stride,
-                                       .d_gate_stride = params.d_gate.stride,
-                                       .d_beta_stride = params.d_beta.stride,
-                                       .wide_keys = wide,
-                                       .sums = reinterpret_cast<float*>(base + place.sums)};
+                                                 .inputs = inputs,
+                                                 .states = base + place.states,
+                                                 .d_states = base + place.d_states,
+                                                 .u = base + place.u,
+                                                 .d_u = base + place.d_u,
+                                                 .v = p.v.data,
+                                                 .d_out = params.d_out.data,
+                                                 .v_stride = p.v.stride,
+                                                 .d_out_stride = params.d_out.stride,
+                                                 .d_q = wide ? base + place.d_q : params.d_q.data,
+                                                 .d_k = wide ? base + place.d_k : params.d_k.data,
+                                                 .d_v = params.d_v.data,
+                                                 .d_gate = params.d_gate.data,
+                                                 .d_beta = params.d_beta.data,
+                                                 .d_beta_type = p.beta_type,
+                                                 .d_q_stride = params.d_q.stride,
+                                                 .d_k_stride = params.d_k.stride,
+                                                 .d_v_stride = params.d_v.stride,
+                                                 .d_gate_stride = params.d_gate.stride,
+                                                 .d_beta_stride = params.d_beta.stride,
+                                                 .wide_keys = wide,
+                                                 .sums = reinterpret_cast<float*>(base + place.sums)};
   if (p.type == CudaType::kBf16) {
     cuda::backward::run<__nv_bfloat16>(params, inputs, scan, reverse, gradient, stream);
   } else {

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the gradient kernels for Hopper share: their arguments, the image of a chunk, addresses in shared memory. The
-// stages are described in docs/notes/20261124-cuda-backward.md; the same steps in plain loops stand in
-// kda_backward_stages_test.cc.
+// What the gradient kernels for Hopper share: their arguments, the image of a chunk, addresses in shared
+// memory. The stages are described in docs/notes/20261124-cuda-backward.md; the same steps in plain loops
+// stand in kda_backward_stages_test.cc.
 //
 // A chunk has C = 64 tokens. Per chunk and value head, prepare() writes one image, which the scans copy into
-// shared memory as it is (docs/math/kda.md, chunked form; G = cumulative log2 decay from the chunk's start, G_C at its
-// end, L_ij = beta_i k_i . (k_j 2^(G_i - G_j)) for i > j, A = (I + L)^-1):
+// shared memory as it is (docs/math/kda.md, chunked form; G = cumulative log2 decay from the chunk's start,
+// G_C at its end, L_ij = beta_i k_i . (k_j 2^(G_i - G_j)) for i > j, A = (I + L)^-1):
 //     minus w   -A diag(beta) (k 2^G)        [C][K]
 //     q         scale q 2^G                  [C][K]
 //     k         k 2^(G_C - G)                [C][K]
 //     P         scale q_i . k_j 2^(G_i - G_j), i >= j, else 0   [C][C]
 //     A         A diag(beta)                 [C][C]
 //     decay     2^G_C                        [K], fp32
-// The matrices are in the 128-byte swizzle, [K / 64][64 rows][64 columns]: the 16-byte piece p of row r stands at
-// piece p ^ (r % 8) of the row.
+// The matrices are in the 128-byte swizzle, [K / 64][64 rows][64 columns]: the 16-byte piece p of row r
+// stands at piece p ^ (r % 8) of the row.
 #pragma once
 #include <cstdint>
 
@@ -40,11 +40,12 @@ struct KdaImage {
 // Where a chunk or a sequence lies. offsets and chunks are null when all sequences are `length` tokens long.
 struct KdaLayout {
   int sequences = 0;
-  int64_t length = 0;         // of every sequence, or 0
-  int chunks_per_sequence = 0;  // with length
-  const int32_t* offsets = nullptr;   // [N + 1] first chunk of each sequence
-  const int64_t* starts = nullptr;    // [N + 1] first token of each sequence
-  const int64_t* chunks = nullptr;    // [chunks] first token and, in the top 8 bits, the number of tokens less one
+  int64_t length = 0;                // of every sequence, or 0
+  int chunks_per_sequence = 0;       // with length
+  const int32_t* offsets = nullptr;  // [N + 1] first chunk of each sequence
+  const int64_t* starts = nullptr;   // [N + 1] first token of each sequence
+  const int64_t* chunks =
+      nullptr;  // [chunks] first token and, in the top 8 bits, the number of tokens less one
 };
 
 struct KdaPrepareArgs {
@@ -68,9 +69,9 @@ struct KdaPrepareArgs {
 struct KdaGradientArgs {
   KdaLayout layout;
   KdaPrepareArgs inputs;
-  const uint8_t* states;  // before each chunk: [chunks][HV] images [K / 64][V][64] in the 128-byte swizzle
+  const uint8_t* states;    // before each chunk: [chunks][HV] images [K / 64][V][64] in the 128-byte swizzle
   const uint8_t* d_states;  // gradients after each chunk
-  const uint8_t* u;   // [chunks][HV] images [V / 64][64][64] in the 128-byte swizzle
+  const uint8_t* u;         // [chunks][HV] images [V / 64][64][64] in the 128-byte swizzle
   const uint8_t* d_u;
   const void* v;
   const void* d_out;
@@ -121,7 +122,8 @@ __device__ __forceinline__ ChunkSequence chunk_sequence(const KdaLayout& layout,
 }
 
 // The first token of a chunk and the number of its tokens; false for a block beyond the last chunk.
-__device__ __forceinline__ bool locate_chunk(const KdaLayout& layout, int64_t chunk, int64_t& first, int& length) {
+__device__ __forceinline__ bool locate_chunk(const KdaLayout& layout, int64_t chunk, int64_t& first,
+                                             int& length) {
   if (layout.chunks == nullptr) {
     const int number = static_cast<int>(chunk);  // a division of 64 bits costs a hundred instructions
     const int sequence = number / layout.chunks_per_sequence;

@@ -74,8 +74,8 @@ int64_t image_bytes(const KdaCudaParams& p) {
 // Whether one block per sequence, head and part of V makes its own images.
 bool fused(const KdaCudaParams& p) {
   if (p.plan != KdaCudaPlan::kAuto) return p.plan == KdaCudaPlan::kFused;
-  // Measured (bench/cuda_kda.cu): with few sequences and heads the chain from chunk to chunk decides, and that is
-  // shorter when the images are there already; with many, memory.
+  // Measured (bench/cuda_kda.cu): with few sequences and heads the chain from chunk to chunk decides, and
+  // that is shorter when the images are there already; with many, memory.
   return 3 * static_cast<int64_t>(p.sequences) * p.value_heads > cuda_device().multiprocessors;
 }
 
@@ -92,8 +92,8 @@ struct Workspace {
 };
 
 template <class... Args>
-void launch(void (*kernel)(Args...), const char* name, int64_t blocks, int threads, int shared_bytes, bool overlap,
-            cudaStream_t stream, const std::type_identity_t<Args>&... args) {
+void launch(void (*kernel)(Args...), const char* name, int64_t blocks, int threads, int shared_bytes,
+            bool overlap, cudaStream_t stream, const std::type_identity_t<Args>&... args) {
   if (blocks == 0) return;
   check(blocks < (int64_t{1} << 31), "{}: {} blocks are too many for one launch", name, blocks);
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
@@ -133,13 +133,13 @@ void run_gate(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) 
       launch(kda_fused<Element, K, GateElement, kGate, 1>, "kda_fused", pairs * (p.value_dim / 64), 512,
              ScanShared<K, 64, 12>::kBytes, false, stream, args);
     } else {
-      launch(kda_fused<Element, K, GateElement, kGate, 2>, "kda_fused", pairs, 512, ScanShared<K, 128, 12>::kBytes, false,
-             stream, args);
+      launch(kda_fused<Element, K, GateElement, kGate, 2>, "kda_fused", pairs, 512,
+             ScanShared<K, 128, 12>::kBytes, false, stream, args);
     }
     return;
   }
-  launch(kda_images<Element, K, GateElement, kGate>, "kda_images", divide_up(images, kImageWarps), 32 * kImageWarps,
-         kImageWarps * KdaImage<K>::kPlace, false, stream, args, images);
+  launch(kda_images<Element, K, GateElement, kGate>, "kda_images", divide_up(images, kImageWarps),
+         32 * kImageWarps, kImageWarps * KdaImage<K>::kPlace, false, stream, args, images);
   // As many rows of S per block as leave no multiprocessor without work.
   if (p.value_dim == 128 && pairs > cuda_device().multiprocessors / 2) {
     scan<Element, K, 8>(p, args, stream);
@@ -153,9 +153,12 @@ void run_gate(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) 
 template <class Element, int K, class GateElement>
 void run_gate_type(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) {
   switch (p.gate_kind) {
-    case KdaGate::kSoftplus: return run_gate<Element, K, GateElement, KdaGate::kSoftplus>(p, args, stream);
-    case KdaGate::kBounded: return run_gate<Element, K, GateElement, KdaGate::kBounded>(p, args, stream);
-    case KdaGate::kNone: return run_gate<Element, K, GateElement, KdaGate::kNone>(p, args, stream);
+    case KdaGate::kSoftplus:
+      return run_gate<Element, K, GateElement, KdaGate::kSoftplus>(p, args, stream);
+    case KdaGate::kBounded:
+      return run_gate<Element, K, GateElement, KdaGate::kBounded>(p, args, stream);
+    case KdaGate::kNone:
+      return run_gate<Element, K, GateElement, KdaGate::kNone>(p, args, stream);
   }
 }
 
@@ -163,9 +166,11 @@ template <class Element>
 void run(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) {
   const bool wide = p.gate_type == CudaType::kF32;
   if (p.key_dim == 128) {
-    wide ? run_gate_type<Element, 128, float>(p, args, stream) : run_gate_type<Element, 128, Element>(p, args, stream);
+    wide ? run_gate_type<Element, 128, float>(p, args, stream)
+         : run_gate_type<Element, 128, Element>(p, args, stream);
   } else {
-    wide ? run_gate_type<Element, 64, float>(p, args, stream) : run_gate_type<Element, 64, Element>(p, args, stream);
+    wide ? run_gate_type<Element, 64, float>(p, args, stream)
+         : run_gate_type<Element, 64, Element>(p, args, stream);
   }
 }
 
@@ -182,7 +187,8 @@ void kda_chunk_cuda(const KdaCudaParams& p, void* workspace, size_t workspace_by
   const cuda::Workspace place(p);
   check(workspace_bytes >= place.bytes, "kda_chunk_cuda: workspace of {} bytes, expected {}", workspace_bytes,
         place.bytes);
-  check(reinterpret_cast<uintptr_t>(workspace) % 256 == 0, "kda_chunk_cuda: the workspace must be aligned to 256 bytes");
+  check(reinterpret_cast<uintptr_t>(workspace) % 256 == 0,
+        "kda_chunk_cuda: the workspace must be aligned to 256 bytes");
   if (p.sequences == 0) return;
   uint8_t* base = static_cast<uint8_t*>(workspace);
   cuda::KdaLayout layout{};
@@ -195,11 +201,11 @@ void kda_chunk_cuda(const KdaCudaParams& p, void* workspace, size_t workspace_by
     int64_t* starts = reinterpret_cast<int64_t*>(base + place.starts);
     int64_t* chunks = reinterpret_cast<int64_t*>(base + place.chunks);
     if (p.wide_seqlens) {
-      cuda::kda_chunk_table<<<1, 1024, 0, stream>>>(static_cast<const int64_t*>(p.cu_seqlens), p.sequences, offsets,
-                                                    starts, chunks);
+      cuda::kda_chunk_table<<<1, 1024, 0, stream>>>(static_cast<const int64_t*>(p.cu_seqlens), p.sequences,
+                                                    offsets, starts, chunks);
     } else {
-      cuda::kda_chunk_table<<<1, 1024, 0, stream>>>(static_cast<const int32_t*>(p.cu_seqlens), p.sequences, offsets,
-                                                    starts, chunks);
+      cuda::kda_chunk_table<<<1, 1024, 0, stream>>>(static_cast<const int32_t*>(p.cu_seqlens), p.sequences,
+                                                    offsets, starts, chunks);
     }
     check_launch("kda_chunk_table");
     layout.offsets = offsets;

@@ -9,11 +9,14 @@
 namespace kilin {
 namespace {
 
-void check_tokens(const CudaTokens& tokens, const char* name, int64_t width, CudaType type, int64_t alignment) {
+void check_tokens(const CudaTokens& tokens, const char* name, int64_t width, CudaType type,
+                  int64_t alignment) {
   check(tokens.data != nullptr, "KDA on the GPU: {} is null", name);
-  check(tokens.stride >= width, "KDA on the GPU: stride of {} is {}, expected at least {}", name, tokens.stride, width);
+  check(tokens.stride >= width, "KDA on the GPU: stride of {} is {}, expected at least {}", name,
+        tokens.stride, width);
   const int64_t bytes = type == CudaType::kF32 ? 4 : 2;
-  check(tokens.stride * bytes % alignment == 0 && reinterpret_cast<uintptr_t>(tokens.data) % static_cast<size_t>(alignment) == 0,
+  check(tokens.stride * bytes % alignment == 0 &&
+            reinterpret_cast<uintptr_t>(tokens.data) % static_cast<size_t>(alignment) == 0,
         "KDA on the GPU: {} must be aligned to {} bytes at every token", name, alignment);
 }
 
@@ -25,8 +28,8 @@ void check_states(const CudaStates& states, const char* name, const KdaCudaParam
   check(states.slot_stride >= size && states.slot_stride % 2 == 0,
         "KDA on the GPU: slot stride of the {} state is {}, expected an even number of at least {}", name,
         states.slot_stride, size);
-  check(reinterpret_cast<uintptr_t>(states.data) % 8 == 0, "KDA on the GPU: the {} state must be aligned to 8 bytes",
-        name);
+  check(reinterpret_cast<uintptr_t>(states.data) % 8 == 0,
+        "KDA on the GPU: the {} state must be aligned to 8 bytes", name);
 }
 
 }  // namespace
@@ -34,13 +37,16 @@ void check_states(const CudaStates& states, const char* name, const KdaCudaParam
 void validate(const KdaCudaParams& p) {
   check(p.heads > 0 && p.value_heads > 0 && p.value_heads % p.heads == 0,
         "KDA on the GPU: {} value heads, expected a positive multiple of {} heads", p.value_heads, p.heads);
-  check(p.key_dim == 64 || p.key_dim == 128, "KDA on the GPU: key dimension {}, expected 64 or 128", p.key_dim);
-  check(p.value_dim == 64 || p.value_dim == 128, "KDA on the GPU: value dimension {}, expected 64 or 128", p.value_dim);
+  check(p.key_dim == 64 || p.key_dim == 128, "KDA on the GPU: key dimension {}, expected 64 or 128",
+        p.key_dim);
+  check(p.value_dim == 64 || p.value_dim == 128, "KDA on the GPU: value dimension {}, expected 64 or 128",
+        p.value_dim);
   check(p.sequences >= 0, "KDA on the GPU: {} sequences", p.sequences);
   check(p.tokens >= 0 && p.tokens < (int64_t{1} << 40), "KDA on the GPU: {} tokens", p.tokens);
   if (p.cu_seqlens == nullptr && p.sequences > 0) {
     check(p.tokens % p.sequences == 0,
-          "KDA on the GPU: {} tokens do not make {} sequences of one length; give cu_seqlens", p.tokens, p.sequences);
+          "KDA on the GPU: {} tokens do not make {} sequences of one length; give cu_seqlens", p.tokens,
+          p.sequences);
   }
   check(p.sequences > 0 || p.tokens == 0, "KDA on the GPU: {} tokens in no sequence", p.tokens);
   check(p.type == CudaType::kBf16 || p.type == CudaType::kF16,
@@ -50,15 +56,16 @@ void validate(const KdaCudaParams& p) {
   if (p.gate_kind == KdaGate::kBounded)
     check(std::isfinite(p.lower_bound) && p.lower_bound < 0.0f,
           "KDA on the GPU: lower bound {}, expected a negative number", p.lower_bound);
-  check(std::isfinite(p.scale) && std::isfinite(p.beta_scale), "KDA on the GPU: scale {} and beta scale {} must be finite",
-        p.scale, p.beta_scale);
+  check(std::isfinite(p.scale) && std::isfinite(p.beta_scale),
+        "KDA on the GPU: scale {} and beta scale {} must be finite", p.scale, p.beta_scale);
   check_states(p.initial, "initial", p);
   check_states(p.final, "final", p);
   if (p.tokens == 0) return;
   check_tokens(p.q, "q", int64_t{p.heads} * p.key_dim, p.type, 16);
   check_tokens(p.k, "k", int64_t{p.heads} * p.key_dim, p.type, 16);
   check_tokens(p.v, "v", int64_t{p.value_heads} * p.value_dim, p.type, 16);
-  check_tokens(p.gate, "gate", int64_t{p.value_heads} * p.key_dim, p.gate_type, p.gate_type == CudaType::kF32 ? 4 : 16);
+  check_tokens(p.gate, "gate", int64_t{p.value_heads} * p.key_dim, p.gate_type,
+               p.gate_type == CudaType::kF32 ? 4 : 16);
   check_tokens(p.beta, "beta", p.value_heads, p.beta_type, p.beta_type == CudaType::kF32 ? 4 : 2);
   check_tokens({p.out, p.out_stride}, "out", int64_t{p.value_heads} * p.value_dim, p.type, 16);
 }

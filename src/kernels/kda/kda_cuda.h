@@ -56,8 +56,8 @@ struct KdaCudaParams {
   void* out = nullptr;
   int64_t out_stride = 0;
 
-  // How: both kernels in one block per sequence and head (nothing goes through memory between them), or one kernel
-  // for all chunks in parallel and one for the scan. kAuto takes what was measured to be faster.
+  // How: both kernels in one block per sequence and head (nothing goes through memory between them), or one
+  // kernel for all chunks in parallel and one for the scan. kAuto takes what was measured to be faster.
   KdaCudaPlan plan = KdaCudaPlan::kAuto;
 };
 

@@ -152,7 +152,8 @@ struct Problem {
           double* s = final.data() + (static_cast<int64_t>(n) * HV + hv) * V * K;
           const double a = settings.gate_kind == KdaGate::kNone ? 0.0 : a_log[static_cast<size_t>(hv)];
           std::vector<double> bias(dt_bias.begin() + hv * K, dt_bias.begin() + (hv + 1) * K);
-          std::vector<double> qs(static_cast<size_t>(K)), ks = qs, gs = qs, vs(static_cast<size_t>(V)), os = vs;
+          std::vector<double> qs(static_cast<size_t>(K)), ks = qs, gs = qs, vs(static_cast<size_t>(V)),
+                                                          os = vs;
           for (int64_t t = 0; t < length; ++t) {
             if (t % kKdaCudaChunk == 0)
               std::copy_n(s, V * K,
@@ -166,7 +167,8 @@ struct Problem {
               vs[static_cast<size_t>(i)] = v[static_cast<size_t>(((begin + t) * HV + hv) * V + i)];
             const double logit = beta[static_cast<size_t>((begin + t) * HV + hv)];
             const double b = settings.beta_scale / (1.0 + std::exp(-logit));
-            kda_reference<double>(params, 1, qs.data(), ks.data(), vs.data(), gs.data(), &b, a, bias.data(), s, os.data());
+            kda_reference<double>(params, 1, qs.data(), ks.data(), vs.data(), gs.data(), &b, a, bias.data(),
+                                  s, os.data());
             std::copy_n(os.begin(), V, out.begin() + ((begin + t) * HV + hv) * V);
           }
         });
@@ -267,11 +269,13 @@ void expect_agreement(const Problem& problem, const char* name, KdaCudaPlan plan
   const size_t size = static_cast<size_t>(c.value_heads * c.value_dim * c.key_dim);
   std::vector<float> final;
   for (const int32_t slot : device.slot_of)
-    final.insert(final.end(), pool.begin() + static_cast<int64_t>(size) * slot, pool.begin() + static_cast<int64_t>(size) * (slot + 1));
+    final.insert(final.end(), pool.begin() + static_cast<int64_t>(size) * slot,
+                 pool.begin() + static_cast<int64_t>(size) * (slot + 1));
   const double state_error = error(problem.final, final.data());
   const std::vector<float> chunk_states = decode(CudaType::kF32, device.chunk_states.host());
   const double chunk_error = error(problem.chunk_states, chunk_states.data());
-  std::printf("%-28s %s out %.2e  state %.2e  chunk states %.2e\n", name, plan == KdaCudaPlan::kFused ? "fused" : "two  ", out_error, state_error, chunk_error);
+  std::printf("%-28s %s out %.2e  state %.2e  chunk states %.2e\n", name,
+              plan == KdaCudaPlan::kFused ? "fused" : "two  ", out_error, state_error, chunk_error);
   EXPECT_LT(out_error, c.tolerance);
   EXPECT_LT(state_error, c.tolerance);
   EXPECT_LT(chunk_error, c.tolerance);
@@ -284,7 +288,8 @@ void expect_agreement(const Problem& problem, const char* name, KdaCudaPlan plan
 
 void expect_agreement(const Case& c, const char* name, int seed = 1) {
   const Problem problem(c, seed);
-  for (const KdaCudaPlan plan : {KdaCudaPlan::kFused, KdaCudaPlan::kTwoKernels}) expect_agreement(problem, name, plan);
+  for (const KdaCudaPlan plan : {KdaCudaPlan::kFused, KdaCudaPlan::kTwoKernels})
+    expect_agreement(problem, name, plan);
 }
 
 class KdaCuda : public GpuTest {};
@@ -299,7 +304,8 @@ TEST_F(KdaCuda, SmallShapes) {
   expect_agreement({.lengths = {130}, .key_dim = 64}, "K 64, V 128");
   expect_agreement({.lengths = {130}, .value_dim = 64}, "K 128, V 64");
   expect_agreement({.lengths = {130}, .heads = 1, .value_heads = 3}, "1 head, 3 value heads");
-  expect_agreement({.lengths = {130}, .type = CudaType::kF16, .gate_type = CudaType::kF16, .tolerance = 2.5e-3}, "fp16");
+  expect_agreement(
+      {.lengths = {130}, .type = CudaType::kF16, .gate_type = CudaType::kF16, .tolerance = 2.5e-3}, "fp16");
   expect_agreement({.lengths = {130}, .gate_type = CudaType::kF32}, "fp32 gate");
   expect_agreement({.lengths = {130, 130}, .varlen = false}, "equal lengths");
   expect_agreement({.lengths = {130}, .state_type = CudaType::kBf16}, "bf16 state");
@@ -314,9 +320,18 @@ TEST_F(KdaCuda, SmallGates) {
   expect_agreement({.lengths = {200}, .gate_offset = -4.0f, .steep = 0.05f}, "steep 0.05");
   expect_agreement({.lengths = {200}, .gate_kind = KdaGate::kNone, .steep = 0.9f}, "no gate, steep 0.9");
   expect_agreement({.lengths = {200}, .gate_kind = KdaGate::kNone, .steep = 1.0f}, "no gate, steep 1");
-  expect_agreement({.lengths = {200}, .gate_offset = -12.0f, .repeated_keys = true, .beta_offset = 6.0f, .tolerance = 1.2e-2},
+  expect_agreement({.lengths = {200},
+                    .gate_offset = -12.0f,
+                    .repeated_keys = true,
+                    .beta_offset = 6.0f,
+                    .tolerance = 1.2e-2},
                    "repeated keys");
-  expect_agreement({.lengths = {200}, .gate_offset = -12.0f, .repeated_keys = true, .beta_offset = 6.0f, .beta_scale = 2.0f, .tolerance = 0.1},
+  expect_agreement({.lengths = {200},
+                    .gate_offset = -12.0f,
+                    .repeated_keys = true,
+                    .beta_offset = 6.0f,
+                    .beta_scale = 2.0f,
+                    .tolerance = 0.1},
                    "repeated keys, beta 2");
 }
 
@@ -328,7 +343,8 @@ TEST_F(KdaCuda, VariableLengths) {
 
 TEST_F(KdaCuda, LongDecays) {
   expect_agreement({.lengths = {4096}, .heads = 4, .value_heads = 4, .gate_offset = -9.0f}, "4096 tokens");
-  expect_agreement({.lengths = {2048}, .heads = 70, .value_heads = 70, .gate_kind = KdaGate::kBounded}, "70 heads");
+  expect_agreement({.lengths = {2048}, .heads = 70, .value_heads = 70, .gate_kind = KdaGate::kBounded},
+                   "70 heads");
 }
 
 TEST_F(KdaCuda, SameBitsInEveryRun) {
@@ -350,19 +366,23 @@ TEST_F(KdaCuda, SameBitsInEveryRun) {
 }
 
 TEST_F(KdaCuda, SequenceAloneAndSplit) {
-  // A sequence in a batch has the bits of the sequence alone, and of its two halves (at a chunk's end) after another.
+  // A sequence in a batch has the bits of the sequence alone, and of its two halves (at a chunk's end) after
+  // another.
   const Problem both({.lengths = {192, 320}, .heads = 4, .value_heads = 4});
   Device batch(both);
   batch.run();
   const std::vector<uint8_t> out = batch.out.host();
   Device parts(both);
   const size_t row = 4 * 128;
-  for (const auto& [begin, end, slot] : {std::tuple{192, 320, 1}, std::tuple{320, 512, 1}, std::tuple{0, 192, 2}}) {
+  for (const auto& [begin, end, slot] :
+       {std::tuple{192, 320, 1}, std::tuple{320, 512, 1}, std::tuple{0, 192, 2}}) {
     KdaCudaParams p = parts.params;
     p.sequences = 1;
     p.tokens = end - begin;
     p.cu_seqlens = nullptr;
-    const auto shift = [&](CudaTokens& x) { x.data = static_cast<const uint8_t*>(x.data) + begin * x.stride * 2; };
+    const auto shift = [&](CudaTokens& x) {
+      x.data = static_cast<const uint8_t*>(x.data) + begin * x.stride * 2;
+    };
     shift(p.q);
     shift(p.k);
     shift(p.v);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Images and scan in one block per sequence, value head and part of V: nothing but q, k, v, gate and out goes through
-// memory. The scan (kda_scan_sm90.cuh has the formulas) is done by one or two warpgroups of 64 rows of S each, with
-// warpgroup products, which read an operand in shared memory once for all four warps; the other warps make the images
-// ahead, chunk c by warp c % kMakers.
+// Images and scan in one block per sequence, value head and part of V: nothing but q, k, v, gate and out goes
+// through memory. The scan (kda_scan_sm90.cuh has the formulas) is done by one or two warpgroups of 64 rows
+// of S each, with warpgroup products, which read an operand in shared memory once for all four warps; the
+// other warps make the images ahead, chunk c by warp c % kMakers.
 #pragma once
 #include "kernels/cuda/wgmma.cuh"
 #include "kernels/kda/kda_state_sm90.cuh"
@@ -13,8 +13,9 @@ template <int kGroups>
 constexpr int kMakers = kGroups == 2 ? 8 : 12;
 
 template <class Element, int K>
-__device__ __forceinline__ void scan_chunk(StateRows<Element, K>& state, int c, uint32_t place, const uint8_t* pointer,
-                                           uint32_t values, int part, uint32_t full, uint32_t parity) {
+__device__ __forceinline__ void scan_chunk(StateRows<Element, K>& state, int c, uint32_t place,
+                                           const uint8_t* pointer, uint32_t values, int part, uint32_t full,
+                                           uint32_t parity) {
   using Image = KdaImage<K>;
   constexpr int kSteps = K / 16;
   state.store_chunk_state(c);
@@ -30,7 +31,8 @@ __device__ __forceinline__ void scan_chunk(StateRows<Element, K>& state, int c, 
   wgmma_fence();
   wgmma<Element, 0>(y, v, plain_matrix(place + Image::kA, 128, 256), false);
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) wgmma<Element, 0>(x, rounded[i], rows + (i / 4) * 256 + (i % 4) * 2, i > 0);
+  for (int i = 0; i < kSteps; ++i)
+    wgmma<Element, 0>(x, rounded[i], rows + (i / 4) * 256 + (i % 4) * 2, i > 0);
   wgmma_commit();
   wgmma_wait<0>();
   uint32_t written[4];
@@ -64,8 +66,9 @@ __global__ void __launch_bounds__(512, 1) kda_fused(const __grid_constant__ KdaA
     uint32_t parity = 0;
     for (int c = 0; c < work.sequence.chunks; ++c) {
       const uint32_t place = base + stage * Shared::kStage;
-      scan_chunk(state, c, place, shared + stage * Shared::kStage, place + Shared::kValues + (warp >> 2) * 2048,
-                 warp & 3, base + Shared::kBarriers + stage * 16, parity);
+      scan_chunk(state, c, place, shared + stage * Shared::kStage,
+                 place + Shared::kValues + (warp >> 2) * 2048, warp & 3,
+                 base + Shared::kBarriers + stage * 16, parity);
       if (++stage == Shared::kStages) {
         stage = 0;
         parity ^= 1;
@@ -89,8 +92,9 @@ __global__ void __launch_bounds__(512, 1) kda_fused(const __grid_constant__ KdaA
                static_cast<int>(min(work.sequence.length - token, static_cast<int64_t>(kChunk))));
     load_values<Element, kGroups * 64>(args, work, c, image.place + Shared::kValues);
     copy_commit();
-    image.prefetch(work.sequence.first + token + kMakers<kGroups> * kChunk, work.sequence.first + work.sequence.length,
-                   static_cast<const Element*>(args.v) + work.head * args.value_dim + work.column, kGroups * 64);
+    image.prefetch(
+        work.sequence.first + token + kMakers<kGroups> * kChunk, work.sequence.first + work.sequence.length,
+        static_cast<const Element*>(args.v) + work.head * args.value_dim + work.column, kGroups * 64);
     copy_wait<0>();
     __syncwarp();
     image.make();

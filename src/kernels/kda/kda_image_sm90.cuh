@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// One warp makes the image of one chunk and value head (kda_sm90.cuh), in place, without any barrier of the block.
+// One warp makes the image of one chunk and value head (kda_sm90.cuh), in place, without any barrier of the
+// block.
 //
-// Every element is handled in the registers of the thread that holds it as an operand of a matrix product: the
-// cumulative gate is a product with a triangle of ones, whose result lies where ldmatrix puts q and k; an A operand
-// of a matrix is a B operand of its transpose, so L, P and the norms never leave the registers before they are done.
+// Every element is handled in the registers of the thread that holds it as an operand of a matrix product:
+// the cumulative gate is a product with a triangle of ones, whose result lies where ldmatrix puts q and k; an
+// A operand of a matrix is a B operand of its transpose, so L, P and the norms never leave the registers
+// before they are done.
 //
-// Decays are split so that no operand overflows and nothing that matters underflows, for any gate. A decay below
-// 2^-24 per token counts as 2^-24 (the resolution of fp32). When a chunk decays by no more than 2^-104, rows are
-// taken times 2^G and columns times 2^-G. Otherwise columns are taken relative to the fifth token of their half
-// (8 tokens) and the rows relative to the one of the columns they meet: exponents are at most 96 where i >= j, since
-// one token changes G by no more than 24. Operands are bf16, which has the range.
+// Decays are split so that no operand overflows and nothing that matters underflows, for any gate. A decay
+// below 2^-24 per token counts as 2^-24 (the resolution of fp32). When a chunk decays by no more than 2^-104,
+// rows are taken times 2^G and columns times 2^-G. Otherwise columns are taken relative to the fifth token of
+// their half (8 tokens) and the rows relative to the one of the columns they meet: exponents are at most 96
+// where i >= j, since one token changes G by no more than 24. Operands are bf16, which has the range.
 #pragma once
 #include "kernels/kda/kda_sm90.cuh"
 
@@ -21,11 +23,12 @@ __device__ __forceinline__ float log2_decay(float x, float bias, float factor, f
   constexpr float kLog2e = 1.44269504f;
   float y;
   if constexpr (kGate == KdaGate::kSoftplus) {
-    // -e^A log2(1 + e^(x + b)) = rate (max(z, 0) + log2(1 + 2^-|z|)), z = (x + b) log2 e. Small terms by their series:
-    // what 1 + 2^-|z| loses would add up over a long, slow decay.
+    // -e^A log2(1 + e^(x + b)) = rate (max(z, 0) + log2(1 + 2^-|z|)), z = (x + b) log2 e. Small terms by
+    // their series: what 1 + 2^-|z| loses would add up over a long, slow decay.
     const float z = fmaf(x, factor, bias);
     const float e = fast_exp2(-fabsf(z));
-    const float series = e * fmaf(-e, fmaf(-e, fmaf(e, -0.25f * kLog2e, 0.33333333f * kLog2e), 0.5f * kLog2e), kLog2e);
+    const float series =
+        e * fmaf(-e, fmaf(-e, fmaf(e, -0.25f * kLog2e, 0.33333333f * kLog2e), 0.5f * kLog2e), kLog2e);
     const float tail = e < 0.0625f ? series : fast_log2(1.0f + e);
     y = rate * (fmaxf(z, 0.0f) + tail);
   } else if constexpr (kGate == KdaGate::kBounded) {
@@ -45,8 +48,8 @@ struct ImageWarp {
   static constexpr float kLog2e = 1.44269504f;
 
   const KdaArgs& args;
-  int head;      // value head
-  uint32_t place;  // of the image, an address in shared memory
+  int head;         // value head
+  uint32_t place;   // of the image, an address in shared memory
   uint8_t* shared;  // the same as a pointer
   int64_t first;    // token
   int length;       // 1 to 16
@@ -70,7 +73,8 @@ struct ImageWarp {
     const int64_t token = first + row;
     const Element* k = static_cast<const Element*>(args.k) + token * args.k_stride + kv_head * K + piece * 8;
     const Element* q = static_cast<const Element*>(args.q) + token * args.q_stride + kv_head * K + piece * 8;
-    const GateElement* gate = static_cast<const GateElement*>(args.gate) + token * args.gate_stride + head * K + piece * 8;
+    const GateElement* gate =
+        static_cast<const GateElement*>(args.gate) + token * args.gate_stride + head * K + piece * 8;
     // Row i kAtOnce + row has the row of its swizzle from two disjoint sets of bits.
     const uint32_t keys = place + Image::kKeys + swizzled<16>(row, piece);
     const uint32_t rows = place + Image::kRows + swizzled<32>(row, piece);
@@ -119,14 +123,17 @@ struct ImageWarp {
       if constexpr (sizeof(GateElement) == 2)
         ask(static_cast<const GateElement*>(args.gate) + row * args.gate_stride + head * K + i * 64);
     }
-    for (int i = lane >> 4; i < value_dim / 64; i += 2) ask(static_cast<const Element*>(v) + row * args.v_stride + i * 64);
+    for (int i = lane >> 4; i < value_dim / 64; i += 2)
+      ask(static_cast<const Element*>(v) + row * args.v_stride + i * 64);
   }
 
-  // Address for ldmatrix and stmatrix of the block of 16 rows and the columns 16 step ... of a swizzled matrix.
+  // Address for ldmatrix and stmatrix of the block of 16 rows and the columns 16 step ... of a swizzled
+  // matrix.
   template <int kMatrixRows>
   __device__ __forceinline__ uint32_t block(uint32_t matrix, int step) const {
     const int piece = (2 * step) & 7;
-    return matrix + (step >> 2) * (kMatrixRows * 128) + (lane & 15) * 128 + (((piece | (lane >> 4)) ^ (lane & 7)) << 4);
+    return matrix + (step >> 2) * (kMatrixRows * 128) + (lane & 15) * 128 +
+           (((piece | (lane >> 4)) ^ (lane & 7)) << 4);
   }
   // Of a 16 x 16 matrix in cores.
   __device__ __forceinline__ uint32_t square(int matrix) const {
@@ -134,7 +141,8 @@ struct ImageWarp {
   }
 
   // Squares of the rows of an A operand, added to the diagonal blocks of its product with its transpose.
-  __device__ __forceinline__ void add_squares(float (&upper)[4], float (&lower)[4], const uint32_t (&x)[4]) const {
+  __device__ __forceinline__ void add_squares(float (&upper)[4], float (&lower)[4],
+                                              const uint32_t (&x)[4]) const {
     mma<Element>(upper, x, x[0], x[2]);
     mma<Element>(lower, x, x[1], x[3]);
   }
@@ -158,11 +166,13 @@ struct ImageWarp {
         x[i >> 1][i & 1][1] = pair.y;
       }
     } else {
-      const float* rows = static_cast<const float*>(args.gate) + first * args.gate_stride + head * K + 16 * step + g;
+      const float* rows =
+          static_cast<const float*>(args.gate) + first * args.gate_stride + head * K + 16 * step + g;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int token = 2 * t + (i & 1) + 8 * ((i >> 1) & 1);
-        x[i >> 2][(i >> 1) & 1][i & 1] = token < length ? rows[token * args.gate_stride + 8 * (i >> 2)] : 0.0f;
+        x[i >> 2][(i >> 1) & 1][i & 1] =
+            token < length ? rows[token * args.gate_stride + 8 * (i >> 2)] : 0.0f;
       }
     }
     const float* biases = reinterpret_cast<const float*>(shared + Image::kDecay) + 16 * step + g;
@@ -170,7 +180,8 @@ struct ImageWarp {
     for (int n = 0; n < 2; ++n) {
       const float bias = biases[8 * n] * factor;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[n][i >> 1][i & 1] = log2_decay<kGate>(x[n][i >> 1][i & 1], bias, factor, rate);
+      for (int i = 0; i < 4; ++i)
+        x[n][i >> 1][i & 1] = log2_decay<kGate>(x[n][i >> 1][i & 1], bias, factor, rate);
     }
     if (length < kChunk) {
 #pragma unroll
@@ -180,8 +191,8 @@ struct ImageWarp {
     }
   }
 
-  // sum[n] (accumulator layout, 16 tokens x 8 channels) = inclusive sum over tokens of x: a product with a triangle
-  // of ones, each float as two tf32 terms. Token 2t stands at k = t, token 2t + 1 at k = t + 4.
+  // sum[n] (accumulator layout, 16 tokens x 8 channels) = inclusive sum over tokens of x: a product with a
+  // triangle of ones, each float as two tf32 terms. Token 2t stands at k = t, token 2t + 1 at k = t + 4.
   __device__ __forceinline__ void cumulative(const float (&x)[2][2][2], float (&sum)[2][4]) const {
     const float even = 2 * t <= g ? 1.0f : 0.0f;
     const float odd = 2 * t + 1 <= g ? 1.0f : 0.0f;
@@ -205,13 +216,15 @@ struct ImageWarp {
     }
   }
 
-  // What the two branches of a step give: A operands of k 2^G, scale q 2^G, k 2^(G_C - G); L and P are added to.
+  // What the two branches of a step give: A operands of k 2^G, scale q 2^G, k 2^(G_C - G); L and P are added
+  // to.
   struct Operands {
     uint32_t k[4], q[4], keys[4];
   };
 
   // An A operand as floats, its rows times the norms.
-  __device__ __forceinline__ static void scaled(const uint32_t (&r)[4], const float (&norm)[2], float (&x)[4][2]) {
+  __device__ __forceinline__ static void scaled(const uint32_t (&r)[4], const float (&norm)[2],
+                                                float (&x)[4][2]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 pair = unpack<Element>(r[i]);
@@ -220,9 +233,10 @@ struct ImageWarp {
     }
   }
 
-  __device__ __forceinline__ void gentle(const float (&sum)[2][4], const uint32_t (&kr)[4], const uint32_t (&qr)[4],
-                                         const float (&k_norm)[2], const float (&q_norm)[2], float (&decay)[4],
-                                         Operands& o, float (&l)[2][4], float (&p)[2][4]) const {
+  __device__ __forceinline__ void gentle(const float (&sum)[2][4], const uint32_t (&kr)[4],
+                                         const uint32_t (&qr)[4], const float (&k_norm)[2],
+                                         const float (&q_norm)[2], float (&decay)[4], Operands& o,
+                                         float (&l)[2][4], float (&p)[2][4]) const {
     float k[4][2], q[4][2];
     scaled(kr, k_norm, k);
     scaled(qr, q_norm, q);
@@ -251,7 +265,8 @@ struct ImageWarp {
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const float end0 = __shfl_sync(~0u, decay[2 * n], 28 + t), end1 = __shfl_sync(~0u, decay[2 * n + 1], 28 + t);
+      const float end0 = __shfl_sync(~0u, decay[2 * n], 28 + t),
+                  end1 = __shfl_sync(~0u, decay[2 * n + 1], 28 + t);
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         o.keys[2 * n + h] = pack<Element>(inverse[2 * n + h][0] * end0, inverse[2 * n + h][1] * end1);
@@ -263,9 +278,10 @@ struct ImageWarp {
     }
   }
 
-  __device__ __forceinline__ void steep(const float (&sum)[2][4], const uint32_t (&kr)[4], const uint32_t (&qr)[4],
-                                         const float (&k_norm)[2], const float (&q_norm)[2], float (&decay)[4],
-                                         Operands& o, float (&l)[2][4], float (&p)[2][4]) const {
+  __device__ __forceinline__ void steep(const float (&sum)[2][4], const uint32_t (&kr)[4],
+                                        const uint32_t (&qr)[4], const float (&k_norm)[2],
+                                        const float (&q_norm)[2], float (&decay)[4], Operands& o,
+                                        float (&l)[2][4], float (&p)[2][4]) const {
     float k[4][2], q[4][2];
     scaled(kr, k_norm, k);
     scaled(qr, q_norm, q);
@@ -311,15 +327,16 @@ struct ImageWarp {
     mma<__nv_bfloat16>(p[1], second_q, column[1], column[3]);
   }
 
-  // A = (I + L)^-1 by forward substitution, a column per lane (the upper lanes do it again), in the places of P and
-  // A; leaves A diag(beta) as an A operand.
+  // A = (I + L)^-1 by forward substitution, a column per lane (the upper lanes do it again), in the places of
+  // P and A; leaves A diag(beta) as an A operand.
   __device__ __forceinline__ void invert(const float (&l)[2][4], uint32_t (&a)[4]) const {
     float* scratch = reinterpret_cast<float*>(shared + Image::kP);  // [16][16]
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        *reinterpret_cast<float2*>(scratch + (g + 8 * h) * 16 + 8 * n + 2 * t) = {l[n][2 * h], l[n][2 * h + 1]};
+        *reinterpret_cast<float2*>(scratch + (g + 8 * h) * 16 + 8 * n + 2 * t) = {l[n][2 * h],
+                                                                                  l[n][2 * h + 1]};
     }
     __syncwarp();
     const int column = lane & 15;
@@ -345,7 +362,8 @@ struct ImageWarp {
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = *reinterpret_cast<const float2*>(scratch + (g + 8 * (i & 1)) * 16 + 8 * (i >> 1) + 2 * t);
+      const float2 pair =
+          *reinterpret_cast<const float2*>(scratch + (g + 8 * (i & 1)) * 16 + 8 * (i >> 1) + 2 * t);
       a[i] = pack<Element>(pair.x, pair.y);
     }
     __syncwarp();
@@ -393,7 +411,8 @@ struct ImageWarp {
         for (int i = 0; i < kTogether; ++i) steep(sum[i], kr[i], qr[i], k_norm, q_norm, decay[i], o[i], l, p);
       } else {
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) gentle(sum[i], kr[i], qr[i], k_norm, q_norm, decay[i], o[i], l, p);
+        for (int i = 0; i < kTogether; ++i)
+          gentle(sum[i], kr[i], qr[i], k_norm, q_norm, decay[i], o[i], l, p);
       }
       __syncwarp();  // all lanes have read gate, bias, k and q of these steps
 #pragma unroll
@@ -449,7 +468,8 @@ struct ImageWarp {
 constexpr int kImageWarps = 5;
 
 template <class Element, int K, class GateElement, KdaGate kGate>
-__global__ void __launch_bounds__(kImageWarps * 32, 3) kda_images(const __grid_constant__ KdaArgs args, int64_t count) {
+__global__ void __launch_bounds__(kImageWarps * 32, 3)
+    kda_images(const __grid_constant__ KdaArgs args, int64_t count) {
   using Image = KdaImage<K>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scan over the chunks of a sequence and value head on Hopper, from images in the workspace. With S the state
-// (V x K) before a chunk and the matrices of its image (kda_sm90.cuh):
+// The scan over the chunks of a sequence and value head on Hopper, from images in the workspace. With S the
+// state (V x K) before a chunk and the matrices of its image (kda_sm90.cuh):
 //     R = v^T A^T + S (minus w)^T         [V][C], what the delta rule writes
 //     out^T = S q^T + R P^T
 //     S <- S diag(decay) + R keys
-// A warp owns 16 rows of S as fp32 accumulators; S and R, rounded to 16 bits, are A operands in registers, and
-// everything else is a B operand from shared memory, where one further warp puts the stages ahead. Rows of S do not
-// depend on one another, so the split of V over warps and blocks changes no bit. The chain from S to S is what counts:
-// warp products (mma) have half the latency of the warpgroup's for these sizes.
+// A warp owns 16 rows of S as fp32 accumulators; S and R, rounded to 16 bits, are A operands in registers,
+// and everything else is a B operand from shared memory, where one further warp puts the stages ahead. Rows
+// of S do not depend on one another, so the split of V over warps and blocks changes no bit. The chain from S
+// to S is what counts: warp products (mma) have half the latency of the warpgroup's for these sizes.
 #pragma once
 #include "kernels/kda/kda_state_sm90.cuh"
 
@@ -21,10 +21,10 @@ struct ScanWarp {
   StateRows<Element, K> state;
   int warp;
 
-  // The order matters (docs/notes/20261124-cuda-forward.md): first the chain from S to S, then q S and out. Storing out
-  // or waiting for the next stage inside the chain costs more than it hides.
-  __device__ __forceinline__ void chunk(int c, uint32_t place, const uint8_t* pointer, uint32_t values, uint32_t full,
-                                        uint32_t parity) {
+  // The order matters (docs/notes/20261124-cuda-forward.md): first the chain from S to S, then q S and out.
+  // Storing out or waiting for the next stage inside the chain costs more than it hides.
+  __device__ __forceinline__ void chunk(int c, uint32_t place, const uint8_t* pointer, uint32_t values,
+                                        uint32_t full, uint32_t parity) {
     const int lane = state.lane;
     state.store_chunk_state(c);
     uint32_t rounded[kSteps][4];
@@ -53,20 +53,19 @@ struct ScanWarp {
       mma<Element>(r[i & 1][1], rounded[i], w[2], w[3]);
     }
     state.decay(pointer + Image::kDecay);
-    const uint32_t written[4] = {
-        pack<Element>(r[0][0][0] + r[1][0][0], r[0][0][1] + r[1][0][1]),
-        pack<Element>(r[0][0][2] + r[1][0][2], r[0][0][3] + r[1][0][3]),
-        pack<Element>(r[0][1][0] + r[1][1][0], r[0][1][1] + r[1][1][1]),
-        pack<Element>(r[0][1][2] + r[1][1][2], r[0][1][3] + r[1][1][3])};
-    float (&s)[K / 2] = state.s;
+    const uint32_t written[4] = {pack<Element>(r[0][0][0] + r[1][0][0], r[0][0][1] + r[1][0][1]),
+                                 pack<Element>(r[0][0][2] + r[1][0][2], r[0][0][3] + r[1][0][3]),
+                                 pack<Element>(r[0][1][0] + r[1][1][0], r[0][1][1] + r[1][1][1]),
+                                 pack<Element>(r[0][1][2] + r[1][1][2], r[0][1][3] + r[1][1][3])};
+    float(&s)[K / 2] = state.s;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       // keys [token][channel] transposed: lanes address 8 tokens x 8 channels, tokens first.
       uint32_t k[4];
       ldmatrix_trans(k, place + Image::kKeys + (i >> 2) * 2048 + (lane & 15) * 128 +
                             ((((2 * i) & 7) | (lane >> 4)) ^ (lane & 7)) * 16);
-      mma<Element>(*reinterpret_cast<float (*)[4]>(&s[8 * i]), written, k[0], k[1]);
-      mma<Element>(*reinterpret_cast<float (*)[4]>(&s[8 * i + 4]), written, k[2], k[3]);
+      mma<Element>(*reinterpret_cast<float(*)[4]>(&s[8 * i]), written, k[0], k[1]);
+      mma<Element>(*reinterpret_cast<float(*)[4]>(&s[8 * i + 4]), written, k[2], k[3]);
     }
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
@@ -77,7 +76,8 @@ struct ScanWarp {
     }
     mma<Element>(out[0], written, p[0], p[1]);
     mma<Element>(out[1], written, p[2], p[3]);
-    const float both[8] = {out[0][0], out[0][1], out[0][2], out[0][3], out[1][0], out[1][1], out[1][2], out[1][3]};
+    const float both[8] = {out[0][0], out[0][1], out[0][2], out[0][3],
+                           out[1][0], out[1][1], out[1][2], out[1][3]};
     state.store_out(both, values, warp & 3, c);
     __syncwarp();
     if (lane == 0) barrier_arrive(full + 8);
@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, 1) kda_scan(const __grid_con
     if (c >= Shared::kStages) barrier_wait(full + 8, (c / Shared::kStages - 1) & 1);
     if ((threadIdx.x & 31) == 0) {
       barrier_arrive_expect(full, Image::kBytes);
-      bulk_load(place, images + static_cast<int64_t>(c) * args.value_heads * Image::kBytes, Image::kBytes, full);
+      bulk_load(place, images + static_cast<int64_t>(c) * args.value_heads * Image::kBytes, Image::kBytes,
+                full);
     }
     load_values<Element, kWarps * 16>(args, work, c, place + Shared::kValues);
     barrier_arrive_copies(full);

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the chunk kernels for Hopper share: arguments, the image of a chunk, addresses in shared memory.
 //
-// A chunk has C = 16 tokens. Per chunk and value head there is one image in shared memory (docs/math/kda.md, chunked
-// form; G = cumulative log2 decay from the chunk's start, G_C at its end, L_ij = beta_i k_i . (k_j 2^(G_i - G_j)) for
-// i > j, A = (I + L)^-1):
+// A chunk has C = 16 tokens. Per chunk and value head there is one image in shared memory (docs/math/kda.md,
+// chunked form; G = cumulative log2 decay from the chunk's start, G_C at its end, L_ij = beta_i k_i . (k_j
+// 2^(G_i - G_j)) for i > j, A = (I + L)^-1):
 //     rows      minus w = -A diag(beta) (k 2^G), then q = scale q 2^G     [2 C][K]
 //     keys      k 2^(G_C - G)                                             [C][K]
 //     P         scale q_i . k_j 2^(G_i - G_j), i >= j, else 0             [C][C]
 //     A         A diag(beta)                                              [C][C]
 //     decay     2^G_C                                                     [K], fp32
-// Rows and keys are in the 128-byte swizzle, [K / 64][rows][64 columns]: the 16-byte piece p of row r stands at place
-// p ^ (r % 8) of the row. P and A are in cores of 8 rows of 16 bytes, [2 row blocks][2 column blocks][8][8].
-// Before a warp makes the image (kda_image_sm90.cuh), the raw gate lies in the place of minus w, raw q in that of q,
-// raw k in that of the keys, the bias in that of the decay.
+// Rows and keys are in the 128-byte swizzle, [K / 64][rows][64 columns]: the 16-byte piece p of row r stands
+// at place p ^ (r % 8) of the row. P and A are in cores of 8 rows of 16 bytes, [2 row blocks][2 column
+// blocks][8][8]. Before a warp makes the image (kda_image_sm90.cuh), the raw gate lies in the place of minus
+// w, raw q in that of q, raw k in that of the keys, the bias in that of the decay.
 #pragma once
 #include <cstdint>
 
@@ -34,14 +34,16 @@ struct KdaImage {
   static constexpr int kPlace = (kBytes + 1023) / 1024 * 1024;  // in shared memory
 };
 
-// Where a chunk or a sequence lies. offsets, starts and chunks are null when all sequences are `length` tokens long.
+// Where a chunk or a sequence lies. offsets, starts and chunks are null when all sequences are `length`
+// tokens long.
 struct KdaLayout {
   int sequences = 0;
-  int64_t length = 0;           // of every sequence
-  int chunks_per_sequence = 0;  // with length
-  const int32_t* offsets = nullptr;   // [N + 1] first chunk of each sequence
-  const int64_t* starts = nullptr;    // [N + 1] first token of each sequence
-  const int64_t* chunks = nullptr;    // [chunks] first token and, in the top 8 bits, the number of tokens less one
+  int64_t length = 0;                // of every sequence
+  int chunks_per_sequence = 0;       // with length
+  const int32_t* offsets = nullptr;  // [N + 1] first chunk of each sequence
+  const int64_t* starts = nullptr;   // [N + 1] first token of each sequence
+  const int64_t* chunks =
+      nullptr;  // [chunks] first token and, in the top 8 bits, the number of tokens less one
 };
 
 struct KdaArgs {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the two scans over chunks share: the work of a block, its stages in shared memory, and the state in registers.
+// What the two scans over chunks share: the work of a block, its stages in shared memory, and the state in
+// registers.
 #pragma once
 #include "kernels/kda/kda_image_sm90.cuh"
 
@@ -29,14 +30,15 @@ __device__ __forceinline__ ScanWork scan_work(const KdaArgs& args) {
       work.state_chunk = work.number * ((args.layout.length + kKdaCudaChunk - 1) / kKdaCudaChunk);
     } else {
       for (int n = 0; n < work.number; ++n)
-        work.state_chunk += (args.layout.starts[n + 1] - args.layout.starts[n] + kKdaCudaChunk - 1) / kKdaCudaChunk;
+        work.state_chunk +=
+            (args.layout.starts[n + 1] - args.layout.starts[n] + kKdaCudaChunk - 1) / kKdaCudaChunk;
     }
   }
   return work;
 }
 
-// Stages of an image and of v, which makes room for out: [kRows / 64, at least 1][16 tokens][64], in the 128-byte
-// swizzle (64 columns are kept for fewer rows too).
+// Stages of an image and of v, which makes room for out: [kRows / 64, at least 1][16 tokens][64], in the
+// 128-byte swizzle (64 columns are kept for fewer rows too).
 template <int K, int kRows, int kWanted>
 struct ScanShared {
   static constexpr int kValues = KdaImage<K>::kPlace;
@@ -86,12 +88,17 @@ struct StateRows {
   float s[K / 2];
 
   __device__ __forceinline__ StateRows(const KdaArgs& arguments, const ScanWork& scan, int row)
-      : args(arguments), work(scan), lane(threadIdx.x & 31), g(lane >> 2), t(lane & 3), column(scan.column + row) {}
+      : args(arguments),
+        work(scan),
+        lane(threadIdx.x & 31),
+        g(lane >> 2),
+        t(lane & 3),
+        column(scan.column + row) {}
 
   // Place of row g + 8 half, columns 8 n + 2t of the state of a slot.
   __device__ __forceinline__ int64_t index(int64_t slot, int64_t stride, int half, int n) const {
-    return slot * stride + (static_cast<int64_t>(work.head) * args.value_dim + column + g + 8 * half) * K + 8 * n +
-           2 * t;
+    return slot * stride + (static_cast<int64_t>(work.head) * args.value_dim + column + g + 8 * half) * K +
+           8 * n + 2 * t;
   }
 
   __device__ __forceinline__ void load() {
@@ -122,7 +129,8 @@ struct StateRows {
       if (type == CudaType::kF32) {
         *reinterpret_cast<float2*>(static_cast<float*>(to) + at) = {s[2 * i], s[2 * i + 1]};
       } else {
-        *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(to) + at) = pack<__nv_bfloat16>(s[2 * i], s[2 * i + 1]);
+        *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(to) + at) =
+            pack<__nv_bfloat16>(s[2 * i], s[2 * i + 1]);
       }
     }
   }
@@ -162,7 +170,8 @@ struct StateRows {
     }
   }
 
-  // Address of this warp's 16 columns of v (`part` of the 4 in a tile of 64), for ldmatrix and stmatrix transposed.
+  // Address of this warp's 16 columns of v (`part` of the 4 in a tile of 64), for ldmatrix and stmatrix
+  // transposed.
   __device__ __forceinline__ uint32_t values_block(uint32_t values, int part) const {
     return values + swizzled<16>((lane & 7) + 8 * (lane >> 4), 2 * part + ((lane >> 3) & 1));
   }
@@ -180,8 +189,9 @@ struct StateRows {
                  : "memory");
     const int64_t at = static_cast<int64_t>(c) * kChunk + token;
     if (at < work.sequence.length) {
-      *reinterpret_cast<uint4*>(static_cast<Element*>(args.out) + (work.sequence.first + at) * args.out_stride +
-                                work.head * args.value_dim + column + piece * 8) = row;
+      *reinterpret_cast<uint4*>(static_cast<Element*>(args.out) +
+                                (work.sequence.first + at) * args.out_stride + work.head * args.value_dim +
+                                column + piece * 8) = row;
     }
   }
 };

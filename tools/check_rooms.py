@@ -21,7 +21,7 @@ ROOMS = {
     "model": "base tensor io",  # docs/decisions/model-reads-config.md
     "engine": "base tensor model kernels quant io text",
     "server": "base engine text",
-    "train": "base tensor model kernels io text",
+    "train": "base tensor model kernels io text eval",  # eval: the synthetic tasks it trains on
     "eval": "base text",
 }
 ROOMS = {room: set(allowed.split()) for room, allowed in ROOMS.items()}

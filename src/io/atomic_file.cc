@@ -62,6 +62,19 @@ void AtomicFile::write(const void* data, size_t size) {
   }
 }
 
+void AtomicFile::rewrite(uint64_t offset, const void* data, size_t size) {
+  KILIN_ASSERT(offset + size <= written_);
+  const char* from = static_cast<const char*>(data);
+  while (size > 0) {
+    const ssize_t done = ::pwrite(fd_, from, std::min(size, kWriteChunk), static_cast<off_t>(offset));
+    if (done < 0 && errno == EINTR) continue;
+    if (done < 0) fail("{}: cannot write at byte {}: {}", path_, offset, errno_text(errno));
+    from += done;
+    size -= static_cast<size_t>(done);
+    offset += static_cast<uint64_t>(done);
+  }
+}
+
 // if + fail rather than check(): its arguments, errno among them, may be evaluated before its condition.
 void AtomicFile::commit() {
   if (::fsync(fd_) != 0)

@@ -19,6 +19,8 @@ class AtomicFile {
 
   void write(const void* data, size_t size);
   void write(std::string_view text) { write(text.data(), text.size()); }
+  // Replaces bytes that were written already: offset + size <= written().
+  void rewrite(uint64_t offset, const void* data, size_t size);
   uint64_t written() const { return written_; }
   void commit();
 

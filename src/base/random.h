@@ -5,8 +5,23 @@
 #include <cmath>
 #include <cstdint>
 #include <random>
+#include <string_view>
 
 namespace kilin {
+
+// A number in [0, 2^64) from a counter: splitmix64's mixing.
+inline uint64_t mixed_bits(uint64_t counter) {
+  uint64_t bits = counter * 0x9e3779b97f4a7c15ull;
+  bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9ull;
+  bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebull;
+  return bits ^ (bits >> 31);
+}
+
+inline uint64_t text_hash(std::string_view text) {  // FNV-1a
+  uint64_t hash = 0xcbf29ce484222325ull;
+  for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3ull;
+  return hash;
+}
 
 class Random {
  public:

@@ -7,7 +7,7 @@
 #include "base/error.h"
 #include "base/thread_pool.h"
 #include "engine/convert_source.h"
-#include "engine/random_values.h"
+#include "model/random_values.h"
 #include "model/gguf_config.h"
 #include "quant/formats.h"
 

@@ -8,7 +8,7 @@
 #include "base/error.h"
 #include "base/thread_pool.h"
 #include "engine/convert_source.h"
-#include "engine/output_directory.h"
+#include "io/output_directory.h"
 #include "io/safetensors_writer.h"
 #include "model/gguf_config.h"
 #include "quant/formats.h"
@@ -134,7 +134,7 @@ std::vector<std::vector<Piece>> divide(const ConvertSource& source, WeightType t
 }
 
 void write_index(const ConvertSource& source, const std::vector<std::vector<Piece>>& shards,
-                 const std::vector<std::string>& names, uint64_t bytes, OutputDirectory& out) {
+                 const std::vector<std::string>& names, uint64_t bytes, io::OutputDirectory& out) {
   nlohmann::json map = nlohmann::json::object();
   for (size_t i = 0; i < shards.size(); ++i) {
     for (const Piece& piece : shards[i]) map[source.parameters[piece.parameter].name] = names[i];
@@ -151,7 +151,7 @@ std::string generation_config(const io::GgufFile& file, const Config& config) {
   return json.dump(2) + "\n";
 }
 
-void write_tokenizer(const io::GgufFile& file, OutputDirectory& out, ConvertReport& report) {
+void write_tokenizer(const io::GgufFile& file, io::OutputDirectory& out, ConvertReport& report) {
   if (file.get_string("tokenizer.ggml.model", "none") == "none") {
     report.notes.emplace_back("the file has no tokenizer, so the directory has none");
     return;
@@ -182,7 +182,7 @@ ConvertReport convert_to_hugging_face(const std::string& path, const std::string
     report.notes.emplace_back("quantised weights were written as bfloat16: what they lost stays lost");
   }
 
-  OutputDirectory out(directory, options.overwrite);
+  io::OutputDirectory out(directory, options.overwrite);
   check_space(fs::path(directory) / "config.json", report.target_bytes);
   ShardWriter writer(source, options);
   std::vector<std::string> names;

@@ -11,8 +11,6 @@
 namespace kilin {
 namespace {
 
-struct Nothing {};
-
 Shape gguf_shape(const Parameter& p, const std::string& name) {
   // ne [taps, 1, channels, 1] and [1, heads, 1, 1]
   if (p.role == Role::kConv) return {1, p.shape[0], 1, p.shape[2]};
@@ -72,13 +70,6 @@ Dtype wanted_dtype(WeightType type, Dtype source, const PlannedTensor& t) {
 }
 
 }  // namespace
-
-std::vector<Parameter> parameter_table(const Config& config) {
-  std::vector<Parameter> parameters;
-  ModelWeights<Nothing> weights(config);
-  visit_parameters(weights, config, [&](const Parameter& p, Nothing&) { parameters.push_back(p); });
-  return parameters;
-}
 
 std::vector<PlannedTensor> plan_gguf(const std::vector<Parameter>& parameters, const Config& config) {
   std::vector<PlannedTensor> plan;

@@ -28,9 +28,6 @@ struct PlannedTensor {
   bool fell_back = false;  // from the wanted type, whose blocks the rows do not fill
 };
 
-// The parameters of a model in the order of computation.
-std::vector<Parameter> parameter_table(const Config& config);
-
 // The tensors in the order of the table, as llama.cpp's converter shapes them; `dtype` not yet chosen.
 std::vector<PlannedTensor> plan_gguf(const std::vector<Parameter>& parameters, const Config& config);
 

@@ -7,25 +7,13 @@
 
 #include "engine/convert.h"
 #include "engine/convert_plan.h"
-#include "engine/stored_parameter.h"
-#include "io/checkpoint.h"
 #include "io/gguf_writer.h"
+#include "model/stored_model.h"
+#include "model/stored_parameter.h"
 
 namespace kilin {
 
-// A model's files, opened and checked: every parameter is there, nothing else is.
-struct ConvertSource {
-  io::Checkpoint checkpoint;
-  std::string config_text;
-  Config config;
-  std::vector<Parameter> parameters;
-  std::vector<Dtype> dtypes;  // as stored, of each parameter
-
-  static ConvertSource open(const std::string& path, const std::string& compatibility);
-};
-
-// Refuses configurations whose table of parameters would not fit into memory.
-void check_table_size(const Config& config, const std::string& file);
+using ConvertSource = StoredModel;
 
 // Tokenizer, chat template, names and the generation configuration, as far as the source has them.
 void write_text_metadata(const ConvertSource& source, io::GgufWriter& writer);

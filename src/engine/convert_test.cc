@@ -14,8 +14,9 @@
 
 #include "base/error.h"
 #include "engine/convert_plan.h"
-#include "engine/random_values.h"
-#include "engine/stored_parameter.h"
+#include "model/random_values.h"
+#include "model/stored_model.h"
+#include "model/stored_parameter.h"
 #include "io/test_support.h"
 #include "model/gguf_config.h"
 #include "quant/formats.h"

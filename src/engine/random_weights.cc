@@ -7,7 +7,7 @@
 #include "base/cpu.h"
 #include "base/error.h"
 #include "base/thread_pool.h"
-#include "engine/random_values.h"
+#include "model/random_values.h"
 #include "engine/weights.h"
 #include "quant/formats.h"
 

@@ -10,7 +10,7 @@
 
 #include "base/error.h"
 #include "engine/convert.h"
-#include "engine/stored_parameter.h"
+#include "model/stored_parameter.h"
 #include "io/gguf_writer.h"
 #include "io/json.h"
 #include "io/safetensors_writer.h"

@@ -66,13 +66,25 @@ void layer_block(O& o, const Config& c, int layer, const LayerWeights<WeightOf<O
   o.add_to(x, y);
 }
 
+// An adapter that wants to run a layer itself, perhaps again later: o.run_layer(number, x, block) with
+// block(x).
+template <class O>
+concept RunsLayers = requires(O& o, typename O::Tensor& x, typename O::Block& block) {
+  o.run_layer(0, x, block);
+};
+
 // Logits [wanted rows][vocab] of the adapter's current batch.
 template <Ops O>
 TensorOf<O> model_forward(O& o, const Config& c, const ModelWeights<WeightOf<O>>& w) {
   auto x = o.embed(w.embedding);
   o.observe("embedding", 0, x);
   for (int layer = 0; layer < static_cast<int>(c.layer_count()); ++layer) {
-    layer_block(o, c, layer, w.layers[static_cast<size_t>(layer)], x);
+    const auto& weights = w.layers[static_cast<size_t>(layer)];
+    if constexpr (RunsLayers<O>) {
+      o.run_layer(layer, x, [&o, &c, layer, &weights](TensorOf<O>& y) { layer_block(o, c, layer, weights, y); });
+    } else {
+      layer_block(o, c, layer, weights, x);
+    }
     o.observe("layer", layer, x);
   }
   auto wanted = o.wanted_rows(x);

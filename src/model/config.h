@@ -23,6 +23,8 @@ struct LinearAttentionConfig {
   int64_t conv_taps = 4;                   // 1: no convolution (SiLU alone stays)
   std::optional<double> gate_lower_bound;  // bounded gate (Kimi K3); none: softplus gate
   OutputGate output_gate = OutputGate::kSigmoid;
+
+  bool operator==(const LinearAttentionConfig&) const = default;
 };
 
 struct MlaConfig {
@@ -34,6 +36,8 @@ struct MlaConfig {
   bool use_rope = false;
   double rope_theta = 10000.0;
   double latent_norm_eps = 1e-6;  // a quirk: see Compatibility
+
+  bool operator==(const MlaConfig&) const = default;
 };
 
 struct MoeConfig {
@@ -47,6 +51,8 @@ struct MoeConfig {
   bool sigmoid_router = true;  // else softmax
   double scale = 1.0;
   bool biased_weights = false;  // a quirk: see Compatibility
+
+  bool operator==(const MoeConfig&) const = default;
 };
 
 struct Config {
@@ -66,6 +72,7 @@ struct Config {
   std::vector<int64_t> eos_ids;
   std::string compatibility;
 
+  bool operator==(const Config&) const = default;
   int64_t layer_count() const { return static_cast<int64_t>(layers.size()); }
   int64_t count(LayerKind kind) const;
   // Fewer than the model has: embedding, one norm a layer, routed experts. Tells a hostile configuration from

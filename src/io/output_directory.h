@@ -5,7 +5,7 @@
 #include <string_view>
 #include <vector>
 
-namespace kilin {
+namespace kilin::io {
 
 // A model directory that is made. Where there is none, or an empty one, its files appear in it (config.json
 // last: without it the directory is no model). Where there is one already, all is written into a new
@@ -14,8 +14,11 @@ namespace kilin {
 // commit() what was written disappears again and an old model stays untouched.
 class OutputDirectory {
  public:
+  // kInPlace: a new directory fills up under its name. kAtOnce: nothing has the name before commit().
+  enum class Appears { kInPlace, kAtOnce };
+
   // Throws Error if `path` is a file, cannot be made, or is not empty without `overwrite`.
-  OutputDirectory(std::filesystem::path path, bool overwrite);
+  OutputDirectory(std::filesystem::path path, bool overwrite, Appears appears = Appears::kInPlace);
   ~OutputDirectory();
   OutputDirectory(const OutputDirectory&) = delete;
   OutputDirectory& operator=(const OutputDirectory&) = delete;
@@ -35,4 +38,4 @@ class OutputDirectory {
   bool committed_ = false;
 };
 
-}  // namespace kilin
+}  // namespace kilin::io

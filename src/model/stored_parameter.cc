@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "engine/stored_parameter.h"
+#include "model/stored_parameter.h"
 
 #include <algorithm>
 #include <cmath>

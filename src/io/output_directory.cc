@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "engine/output_directory.h"
+#include "io/output_directory.h"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -11,7 +11,7 @@
 #include "base/error.h"
 #include "io/atomic_file.h"
 
-namespace kilin {
+namespace kilin::io {
 namespace {
 
 namespace fs = std::filesystem;
@@ -21,7 +21,7 @@ constexpr int kNameAttempts = 100;
 // What a reader of the directory would take for a part of the model.
 bool is_model_file(const std::string& name) {
   return name.ends_with(".safetensors") || name == "model.safetensors.index.json" || name == "config.json" ||
-         name == "generation_config.json" || name == "tokenizer.json" || name == "tokenizer_config.json" ||
+         name == "adapter_config.json" || name == "generation_config.json" || name == "tokenizer.json" || name == "tokenizer_config.json" ||
          name == "special_tokens_map.json" || name == "tiktoken.model" || name == "chat_template.jinja";
 }
 
@@ -50,20 +50,25 @@ void rename_directory(const fs::path& from, const fs::path& to) {
 
 }  // namespace
 
-OutputDirectory::OutputDirectory(fs::path path, bool overwrite) : path_(std::move(path)), written_(path_) {
+OutputDirectory::OutputDirectory(fs::path path, bool overwrite, Appears appears)
+    : path_(std::move(path)), written_(path_) {
   check(!path_.empty(), "(empty file name): expected a directory to write to");
+  if (!path_.has_filename()) path_ = path_.parent_path();  // "model/"
+  written_ = path_;
   const fs::file_status status = fs::status(path_);
   if (fs::exists(status)) {
     check(fs::is_directory(status), "{}: is a file, expected a directory to write to", path_.string());
-    if (fs::is_empty(path_)) return;
-    check(overwrite, "{}: is not empty (--force overwrites the model in it)", path_.string());
+    if (fs::is_empty(path_) && appears == Appears::kInPlace) return;
+    check(fs::is_empty(path_) || overwrite, "{}: is not empty (--force overwrites the model in it)", path_.string());
     path_ = fs::canonical(path_);  // a link to a directory stays one
+    written_ = free_name(path_, "new");
+  } else if (appears == Appears::kAtOnce) {
     written_ = free_name(path_, "new");
   }
   make_directory(written_);
   created_ = true;
   std::error_code ignored;
-  if (written_ != path_) fs::permissions(written_, fs::status(path_).permissions(), ignored);
+  if (written_ != path_ && fs::exists(status)) fs::permissions(written_, status.permissions(), ignored);
 }
 
 OutputDirectory::~OutputDirectory() {
@@ -79,15 +84,16 @@ std::string OutputDirectory::add(const std::string& name) {
 }
 
 void OutputDirectory::write(const std::string& name, std::string_view text) {
-  io::AtomicFile file(add(name));
+  AtomicFile file(add(name));
   file.write(text);
   file.commit();
 }
 
 void OutputDirectory::commit() {
-  if (written_ != path_) {
+  if (written_ != path_ && fs::exists(path_)) {
     exchange();
   } else {
+    if (written_ != path_) rename_directory(written_, path_);
     committed_ = true;
   }
 }
@@ -119,4 +125,4 @@ void OutputDirectory::exchange() {
         error.message());
 }
 
-}  // namespace kilin
+}  // namespace kilin::io

@@ -1,25 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "engine/random_values.h"
+#include "model/random_values.h"
 
 #include <algorithm>
 #include <cmath>
 
+#include "base/random.h"
+
 namespace kilin {
 namespace {
-
-// A number in [0, 2^64) from a counter: splitmix64's mixing.
-uint64_t mixed(uint64_t counter) {
-  uint64_t bits = counter * 0x9e3779b97f4a7c15ull;
-  bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9ull;
-  bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebull;
-  return bits ^ (bits >> 31);
-}
-
-uint64_t hash_of(const std::string& name) {  // FNV-1a
-  uint64_t hash = 0xcbf29ce484222325ull;
-  for (const char c : name) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3ull;
-  return hash;
-}
 
 float vector_value(const std::string& name, double uniform) {
   if (name.ends_with("A_log")) return static_cast<float>(std::log(1 + 15 * uniform));
@@ -33,10 +21,10 @@ float vector_value(const std::string& name, double uniform) {
 }  // namespace
 
 void random_values(const Parameter& p, uint64_t seed, int64_t first, int64_t n, float* out) {
-  const uint64_t start = mixed(seed) ^ hash_of(p.name);
+  const uint64_t start = mixed_bits(seed) ^ text_hash(p.name);
   if (p.role == Role::kVector) {
     for (int64_t i = 0; i < n; ++i) {
-      const uint64_t bits = mixed(start + static_cast<uint64_t>(first + i));
+      const uint64_t bits = mixed_bits(start + static_cast<uint64_t>(first + i));
       out[i] = vector_value(p.name, static_cast<double>(bits >> 11) * 0x1p-53);
     }
     return;
@@ -45,7 +33,7 @@ void random_values(const Parameter& p, uint64_t seed, int64_t first, int64_t n, 
   constexpr float kScale = 0.02f * 1.7320508f * 2.0f / 65536.0f;
   for (int64_t i = 0; i < n;) {
     const int64_t index = first + i;
-    uint64_t bits = mixed(start + static_cast<uint64_t>(index / 4)) >> (index % 4 * 16);
+    uint64_t bits = mixed_bits(start + static_cast<uint64_t>(index / 4)) >> (index % 4 * 16);
     const int64_t end = std::min(n, i + 4 - index % 4);
     for (; i < end; ++i, bits >>= 16) {
       out[i] = (static_cast<float>(bits & 0xffff) - 32767.5f) * kScale;

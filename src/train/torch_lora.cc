@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // LoRA (arXiv:2106.09685) on any matrix of the model, and PEFT's files of it.
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 #include <fnmatch.h>
 
 #include <filesystem>

@@ -2,6 +2,7 @@
 #include "train/torch_model.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 
 #include <cmath>
 

@@ -6,6 +6,8 @@
 #include "base/error.h"
 #include "eval/inputs.h"
 #include "io/mapped_file.h"
+#include "text/chat_template.h"
+#include "train/chat_data.h"
 
 namespace kilin::train {
 namespace {
@@ -92,14 +94,33 @@ std::unique_ptr<RowSource> text_rows(const Part& part) {
   });
 }
 
-std::unique_ptr<RowSource> open_part(const Part& part) {
+std::unique_ptr<RowSource> chat_rows(const Part& part, std::vector<std::string>& notes) {
+  const auto chat = text::ChatTemplate::load(part.config.model.tokenizer);
+  ChatDataOptions options;
+  options.max_tokens = part.config.data.sequence;
+  std::vector<LabelledSequence> sequences;
+  for (size_t i = 0; i < part.paths.size(); ++i) {
+    part.with_place(i, [&](const std::string& path) {
+      ChatData data = read_chat_data(path, *part.tokenizer, chat ? &*chat : nullptr, options);
+      notes.push_back(fmt::format("{}: {} examples, {} tokens, {} of them learnt, {} examples cut to {} tokens, "
+                                  "{} left out",
+                                  path, data.examples.size(), data.tokens, data.counted, data.cut,
+                                  options.max_tokens, data.dropped));
+      for (ChatExample& example : data.examples)
+        sequences.push_back({std::move(example.tokens), std::move(example.labels)});
+      return 0;
+    });
+  }
+  return std::make_unique<PackedSequences>(std::move(sequences), part.config.data.sequence, part.config.run.seed);
+}
+
+std::unique_ptr<RowSource> open_part(const Part& part, std::vector<std::string>& notes) {
   if (part.paths.empty()) return nullptr;
   switch (part.config.data.kind) {
     case DataKind::kTokens: return token_rows(part);
     case DataKind::kText: return text_rows(part);
-    default: break;
+    default: return chat_rows(part, notes);
   }
-  fail("{}: key 'data.kind': chat is not there", part.config.file);
 }
 
 }  // namespace
@@ -115,8 +136,8 @@ Sources open_sources(const TrainConfig& config) {
     return sources;
   }
   const text::Tokenizer* used = tokenizer ? &*tokenizer : nullptr;
-  sources.train = open_part({config, used, data.train, 0, "train"});
-  sources.valid = open_part({config, used, data.valid, data.train.size(), "valid"});
+  sources.train = open_part({config, used, data.train, 0, "train"}, sources.notes);
+  sources.valid = open_part({config, used, data.valid, data.train.size(), "valid"}, sources.notes);
   return sources;
 }
 

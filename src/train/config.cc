@@ -82,6 +82,7 @@ OptimizerConfig read_optimizer(const TomlReader& section, double& rate) {
   config.beta2 = section.number_or("beta2", config.beta2, 0, 0.999999);
   config.epsilon = section.number_or("epsilon", config.epsilon, 1e-16, 1);
   config.weight_decay = section.number_or("weight_decay", config.weight_decay, 0, 10);
+  config.decay_all = section.choice_or("decay", "matrices", {"matrices", "all"}) == "all";
   config.clip = section.number_or("clip", config.clip, 0, 1e9);
   if (kind == "muon") config.momentum = section.number_or("momentum", config.momentum, 0, 0.9999);
   return config;

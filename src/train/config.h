@@ -58,7 +58,8 @@ enum class OptimizerKind { kAdamW, kMuon };
 struct OptimizerConfig {
   OptimizerKind kind = OptimizerKind::kAdamW;
   double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8;
-  double weight_decay = 0.1;  // on matrices only
+  double weight_decay = 0.1;
+  bool decay_all = false;    // else matrices only
   double clip = 1.0;          // of the gradient's norm; 0: no clipping
   double momentum = 0.95;     // muon
 };

@@ -94,8 +94,8 @@ TEST(TrainConfig, TokensInsteadOfStepsAndSequences) {
 
 TEST(TrainConfig, FaultsNameLineAndKey) {
   EXPECT_EQ(error_with("lr = 1e-3", "lr = 1e-3\nrl = 2"),
-            "t.toml:28: key 'optimizer.rl' is unknown (known in [optimizer]: beta1, beta2, clip, epsilon, kind, "
-            "lr, weight_decay)");
+            "t.toml:28: key 'optimizer.rl' is unknown (known in [optimizer]: beta1, beta2, clip, decay, "
+            "epsilon, kind, lr, weight_decay)");
   EXPECT_EQ(error_with("lr = 1e-3", "lr = \"fast\""),
             "t.toml:27: key 'optimizer.lr': found \"fast\", expected a number from 0 to 10");
   EXPECT_EQ(error_with("hidden_size = 32", "hidden_size = \"big\""),

@@ -75,7 +75,7 @@ Optimizer::Optimizer(const OptimizerConfig& config, const std::vector<NamedTenso
         by_shape.erase(found);
       continue;
     }
-    Group& group = is_matrix(p.role) ? decayed_ : plain_;
+    Group& group = config.decay_all || is_matrix(p.role) ? decayed_ : plain_;
     group.parameters.push_back(p.tensor);
     group.gradients.push_back(gradient);
     group.first.push_back(first_.back());

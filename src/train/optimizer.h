@@ -27,7 +27,8 @@ class Optimizer {
   //   muon   for projections, experts and the router: m <- momentum m + g,
   //          p -= lr (0.2 sqrt(max(rows, cols)) orthogonalize(g + momentum m) + weight_decay p)
   //          (Moonlight, arXiv 2502.16982, section 2.2), AdamW for all else
-  // Weight decay is for matrices (embedding and head included), not for vectors and convolutions.
+  // Weight decay is for matrices (embedding and head included), not for vectors and convolutions, unless
+  // decay_all says so.
   Optimizer(const OptimizerConfig& config, const std::vector<NamedTensor>& parameters);
 
   // All gradients one after the other, float32 or the parameters' type.

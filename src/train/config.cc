@@ -156,7 +156,9 @@ std::optional<LoraConfig> read_lora(const TomlReader& root) {
   config.alpha = section.number_or("alpha", 2.0 * static_cast<double>(config.rank), 1e-6, 1e6);
   config.targets = section.strings("targets");
   if (config.targets.empty())
-    section.refuse("targets", "a list of ends of parameter names, for example [\"q_proj\", \"v_proj\"]");
+    section.refuse("targets", "a list of parameters, for example [\"q_proj\", \"v_proj\"] or \"all-linear\"");
+  config.merge = section.boolean_or("merge", false);
+  config.place = section.place("targets");
   return config;
 }
 

@@ -80,7 +80,9 @@ struct BatchConfig {
 struct LoraConfig {
   int64_t rank = 8;
   double alpha = 16;
-  std::vector<std::string> targets;  // ends of parameter names without ".weight", for example "q_proj"
+  std::vector<std::string> targets;  // LoraOptions::patterns of torch_model.h
+  bool merge = false;                // write the merged model to OUT/merged at the end
+  std::string place;                 // "train.toml:20" of targets
 };
 
 struct TrainConfig {

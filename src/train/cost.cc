@@ -10,9 +10,11 @@ namespace {
 
 constexpr double kFloatBytes = 4;
 
-bool is_target(const std::string& name, const LoraConfig& lora) {
+// LoraOptions::patterns of torch_model.h, but those with * and ?: of them the whole name would be needed.
+bool is_target(const Parameter& p, const LoraConfig& lora) {
   return std::any_of(lora.targets.begin(), lora.targets.end(), [&](const std::string& target) {
-    return name.ends_with("." + target + ".weight") || name == target + ".weight";
+    if (target == "all-linear") return p.role == Role::kProjection || p.role == Role::kExpert;
+    return p.name.ends_with("." + target + ".weight") || p.name == target + ".weight";
   });
 }
 
@@ -43,7 +45,7 @@ TrainingCost training_cost(const TrainConfig& config) {
     const bool matrix = p.role == Role::kProjection || p.role == Role::kExpert || p.role == Role::kRouter;
     const bool muon = config.optimizer.kind == OptimizerKind::kMuon && matrix;
     if (config.lora) {
-      if (is_target(p.name, *config.lora)) {
+      if (is_target(p, *config.lora)) {
         const double added = static_cast<double>(config.lora->rank * (p.shape[0] + p.shape[1]));
         trained += added;
         second_moments += muon ? 0 : added;

@@ -2,6 +2,7 @@
 #include "train/optimizer.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <cmath>
@@ -48,7 +49,7 @@ Optimizer::Optimizer(const OptimizerConfig& config, const std::vector<NamedTenso
     elements += p.tensor.numel();
   }
   KILIN_ASSERT(!trained_.empty());
-  const at::NoGradGuard no_grad;
+  const c10::NoGradGuard no_grad;
   const at::TensorOptions options = trained_.front().tensor.options().requires_grad(false);
   gradients_ = at::zeros({elements}, options);
   step_ = at::zeros({}, options.dtype(at::kFloat));
@@ -90,7 +91,7 @@ double Optimizer::clip_gradients() {
 }
 
 void Optimizer::step(double rate) {
-  const at::NoGradGuard no_grad;
+  const c10::NoGradGuard no_grad;
   ++updates_;
   step_.fill_(static_cast<double>(updates_));
   adamw(decayed_, rate, config_.weight_decay);

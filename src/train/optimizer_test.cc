@@ -2,6 +2,7 @@
 #include "train/optimizer.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -189,7 +190,7 @@ TEST(Optimizer, TrainsLikeTransformersWithAdamW) {
     EXPECT_NEAR(optimizer.clip_gradients(), norm, 5e-4 * norm);
     optimizer.step(golden["optimiser"]["lr"]);
   }
-  const at::NoGradGuard no_grad;
+  const c10::NoGradGuard no_grad;
   EXPECT_NEAR(loss_now().item<double>(), golden["loss_after_last_step"].get<double>(), 2e-5);
 }
 

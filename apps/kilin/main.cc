@@ -26,6 +26,7 @@ constexpr const char* kExamples = R"(Examples:
   kilin eval perplexity models/kilin-docs-10m --file text.txt
   kilin bench decode models/kilin-docs-10m --depth 4096
   kilin quantize models/kilin-docs-10m docs-q8.gguf --type q8_0
+  kilin train --config configs/synthetic/palindrome-tiny.toml
 
 MODEL is a Hugging Face directory (config.json, safetensors, tokenizer) or a
 GGUF file of architecture kimi-linear.
@@ -68,7 +69,8 @@ int run(int argc, const char* const* argv) {
   app.set_version_flag("--version", version,
                        "print the version, the instruction set and the cores, and exit");
   const std::vector<Command> commands{add_run(app),   add_chat(app),    add_info(app),    add_eval(app),
-                                      add_bench(app), add_convert(app), add_quantize(app)};
+                                      add_bench(app), add_convert(app), add_quantize(app),
+                                      add_train(app), add_tokenize(app), add_plot(app)};
   app.require_subcommand(1);
   if (argc == 1) {
     write_out(app.help());
@@ -81,7 +83,9 @@ int run(int argc, const char* const* argv) {
   if (!first.starts_with('-') && known.empty()) {
     return report_usage(
         app,
-        fmt::format("found command '{}', expected run, chat, info, eval, bench, convert or quantize", first));
+        fmt::format("found command '{}', expected run, chat, info, eval, bench, convert, quantize, train, "
+                    "tokenize or plot",
+                    first));
   }
   try {
     app.parse(argc, argv);

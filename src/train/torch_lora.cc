@@ -4,8 +4,12 @@
 #include <c10/core/GradMode.h>
 #include <fnmatch.h>
 
+#include <cmath>
+#include <cstring>
 #include <filesystem>
+#include <functional>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "base/error.h"
 #include "io/json.h"
@@ -40,6 +44,13 @@ bool matches(const std::string& pattern, const std::string& module, Role role) {
 }
 
 using Values = std::function<std::optional<at::Tensor>(const std::string& name, const Shape& shape)>;
+
+void remove(TorchModel::Impl& model) {
+  model.visit([](const Parameter&, TorchWeight& w) { w.lora_a = w.lora_b = at::Tensor(); });
+  model.lora.clear();
+  model.lora_options.reset();
+  model.set_trainable();
+}
 
 // Adds A and B to the parameters for which `values` has an A.
 void attach(TorchModel::Impl& model, int64_t rank, double scale, const Values& values) {
@@ -131,11 +142,8 @@ void TorchModel::merge_lora() {
     if (!w.lora_a.defined()) return;
     const at::Tensor change = at::matmul(w.lora_b.to(at::kDouble), w.lora_a.to(at::kDouble)) * w.lora_scale;
     w.value.copy_(w.value.to(at::kDouble) + change);
-    w.lora_a = w.lora_b = at::Tensor();
   });
-  impl_->lora.clear();
-  impl_->lora_options.reset();
-  impl_->set_trainable();
+  remove(*impl_);
 }
 
 void TorchModel::save_lora(const std::string& directory, const std::string& base_model) const {
@@ -154,29 +162,33 @@ void TorchModel::load_lora(const std::string& directory) {
   const auto json = io::JsonReader::open((fs::path(directory) / kConfigFile).string());
   if (json.string("peft_type") != "LORA") json.refuse("peft_type", "\"LORA\"");
   if (json.boolean_or("use_dora", false)) json.refuse("use_dora", "false (not computed)");
+  if (json.string_or("bias", "none") != "none") json.refuse("bias", "\"none\"");
   LoraOptions lora;
   lora.rank = json.integer("r", 1, 1 << 16);
   lora.alpha = json.number("lora_alpha", 0.0, 1e9);
   const double rank = static_cast<double>(lora.rank);
   const double scale = lora.alpha / (json.boolean_or("use_rslora", false) ? std::sqrt(rank) : rank);
   const auto file = io::SafetensorsFile::open((fs::path(directory) / kWeightsFile).string());
-  size_t used = 0;
-  attach(*impl_, lora.rank, scale, [&](const std::string& name, const Shape& shape) -> std::optional<at::Tensor> {
+  std::set<std::string> used;
+  const auto value = [&](const std::string& name, const Shape& shape) -> std::optional<at::Tensor> {
     const TensorView* view = file.find(name);
     if (view == nullptr && name.ends_with(".lora_A.weight")) return std::nullopt;
     check(view != nullptr, "{}: tensor '{}' is missing", file.path(), name);
     check(view->shape == shape, "{}: tensor '{}': found shape {}, expected {}", file.path(), name,
           to_string(view->shape), to_string(shape));
-    ++used;
+    used.insert(name);
     return tensor_of(*view, file.path() + ": tensor '" + name + "'");
-  });
-  impl_->lora_options = lora;
-  for (const std::string& name : file.names()) {
-    const auto has_name = [&](const NamedTensor& t) { return t.name == name; };
-    check(std::any_of(impl_->lora.begin(), impl_->lora.end(), has_name),
-          "{}: tensor '{}' belongs to no matrix of the model", file.path(), name);
+  };
+  try {
+    attach(*impl_, lora.rank, scale, value);
+    for (const std::string& name : file.names())
+      check(used.contains(name), "{}: tensor '{}' belongs to no matrix of the model", file.path(), name);
+    check(!used.empty(), "{}: holds no LoRA matrices", file.path());
+  } catch (...) {
+    remove(*impl_);
+    throw;
   }
-  check(used > 0, "{}: holds no LoRA matrices of this model", file.path());
+  impl_->lora_options = lora;
 }
 
 }  // namespace kilin::train

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // kilin plot: curves of training logs as a picture.
+#include "train/plot.h"
+
 #include <fmt/format.h>
 
 #include <memory>
@@ -9,12 +11,12 @@
 #include "base/error.h"
 #include "kilin/commands.h"
 #include "kilin/output.h"
-#include "train/plot.h"
 
 namespace kilin::cli {
 namespace {
 
-constexpr const char* kFooter = R"(LOG is a log.jsonl or the directory of a run. Keys: step, tokens, seconds; loss,
+constexpr const char* kFooter =
+    R"(LOG is a log.jsonl or the directory of a run. Keys: step, tokens, seconds; loss,
 accuracy, lr, grad_norm, tokens_per_second, share_of_peak, valid_loss,
 valid_perplexity, valid_accuracy, valid_exact. Drawn by gnuplot.
 
@@ -30,8 +32,8 @@ struct Options {
 
 int run(const Options& options) {
   if (!options.labels.empty() && options.labels.size() != options.logs.size()) {
-    throw UsageError(fmt::format("--label: found {}, expected one for each of the {} logs", options.labels.size(),
-                                 options.logs.size()));
+    throw UsageError(fmt::format("--label: found {}, expected one for each of the {} logs",
+                                 options.labels.size(), options.logs.size()));
   }
   std::vector<train::Curve> curves;
   for (size_t i = 0; i < options.logs.size(); ++i) {
@@ -51,8 +53,12 @@ Command add_plot(CLI::App& parent) {
   app->footer(kFooter);
   app->add_option("LOG", options->logs, "logs or directories of runs, a curve each")->required();
   app->add_option("--out", options->out, "picture to write: .svg or .png")->type_name("FILE")->required();
-  app->add_option("--x", options->plot.x, "key of the horizontal axis")->type_name("KEY")->capture_default_str();
-  app->add_option("--y", options->plot.y, "key of the vertical axis")->type_name("KEY")->capture_default_str();
+  app->add_option("--x", options->plot.x, "key of the horizontal axis")
+      ->type_name("KEY")
+      ->capture_default_str();
+  app->add_option("--y", options->plot.y, "key of the vertical axis")
+      ->type_name("KEY")
+      ->capture_default_str();
   app->add_option("--title", options->plot.title, "text above the plot")->type_name("TEXT");
   app->add_option("--label", options->labels, "names of the curves (default: of their directories)")
       ->type_name("TEXT...");

@@ -23,7 +23,8 @@
 namespace kilin::cli {
 namespace {
 
-constexpr const char* kFooter = R"(The documents of --text (parted by a form feed) and of --jsonl (one record per
+constexpr const char* kFooter =
+    R"(The documents of --text (parted by a form feed) and of --jsonl (one record per
 line) are encoded each on its own and written as [BOS] document [EOS], one
 after the other, with 2 bytes a token (4 for vocabularies above 65,536).
 Training refuses a file made with another tokenizer than its model's.
@@ -159,12 +160,16 @@ Command add_tokenize(CLI::App& parent) {
   app->add_option("MODEL", options->model, "directory with the tokenizer")->required();
   app->add_option("--text", options->texts, "texts, documents parted by a form feed; -: standard input")
       ->type_name("FILE...");
-  app->add_option("--jsonl", options->jsonl, "files with a JSON object per line, each record's text a document")
+  app->add_option("--jsonl", options->jsonl,
+                  "files with a JSON object per line, each record's text a document")
       ->type_name("FILE...");
   app->add_option("--field", options->field, "the key of the text in --jsonl")
       ->type_name("NAME")
       ->capture_default_str();
-  app->add_option("--out", options->out, "token file to write")->type_name("FILE")->required()->check(not_empty());
+  app->add_option("--out", options->out, "token file to write")
+      ->type_name("FILE")
+      ->required()
+      ->check(not_empty());
   app->add_flag("--progress", options->progress, "show progress although standard error is not a terminal");
   app->add_flag("--json", options->json, "print one JSON object");
   add_threads_option(*app, options->threads);

@@ -16,7 +16,8 @@
 namespace kilin::cli {
 namespace {
 
-constexpr const char* kFooter = R"(The keys of the file are described in docs/guides/training.md. Paths in it are
+constexpr const char* kFooter =
+    R"(The keys of the file are described in docs/guides/training.md. Paths in it are
 relative to the current directory (those of 'include' to the file). Several
 processes share the work when RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
 MASTER_PORT are set, as torchrun sets them. Ctrl-C saves a checkpoint and stops.
@@ -57,7 +58,8 @@ int dry_run(const train::TrainConfig& config, bool json) {
     return 0;
   }
   const Config& shape = config.model.shape;
-  const double flops = cost.flops_per_token * static_cast<double>(config.tokens_per_step() * config.run.steps);
+  const double flops =
+      cost.flops_per_token * static_cast<double>(config.tokens_per_step() * config.run.steps);
   const bool endless = sources.train->rows() == train::kEndlessRows;
   std::string text;
   text += fmt::format("model        {} layers ({} KDA, {} GDN, {} MLA), hidden {}, vocabulary {}\n",
@@ -66,13 +68,14 @@ int dry_run(const train::TrainConfig& config, bool json) {
   text += fmt::format("parameters   {}, of which a token uses {} besides the embedding\n",
                       with_commas(cost.parameters), with_commas(cost.active));
   text += fmt::format("training     {} steps of {} tokens ({} x {}, in {} parts): {} tokens\n",
-                      with_commas(config.run.steps), with_commas(config.tokens_per_step()), config.batch.sequences,
-                      config.data.sequence, config.batch.accumulate,
+                      with_commas(config.run.steps), with_commas(config.tokens_per_step()),
+                      config.batch.sequences, config.data.sequence, config.batch.accumulate,
                       with_commas(config.run.steps * config.tokens_per_step()));
   if (!endless) {
     const auto rows = static_cast<int64_t>(sources.train->rows());
-    text += fmt::format("data         {} rows, {:.2f} passes over them\n", with_commas(rows),
-                        static_cast<double>(config.run.steps * config.batch.sequences) / static_cast<double>(rows));
+    text += fmt::format(
+        "data         {} rows, {:.2f} passes over them\n", with_commas(rows),
+        static_cast<double>(config.run.steps * config.batch.sequences) / static_cast<double>(rows));
   }
   text += fmt::format("arithmetic   {:.3g} FLOP a token, {:.3g} in all\n", cost.flops_per_token, flops);
   text += fmt::format("memory       weights {}, gradients {}, optimizer {}; activations come on top\n",
@@ -104,7 +107,8 @@ Command add_train(CLI::App& parent) {
       ->expected(1)
       ->take_all();
   app->add_option("--out", options->out, "the directory of the run: --set run.out=DIR")->type_name("DIR");
-  app->add_flag("--resume", options->run.resume, "go on from the newest checkpoint, or begin if there is none");
+  app->add_flag("--resume", options->run.resume,
+                "go on from the newest checkpoint, or begin if there is none");
   app->add_flag("--accept-changes", options->run.accept_changes,
                 "with --resume: although keys differ from those that the run began with");
   app->add_flag("--dry-run", options->dry_run, "check everything, print what would be trained, and exit");

@@ -5,8 +5,10 @@
 namespace kilin::cli {
 
 int run_training(const train::TrainConfig& /*config*/, const TrainOptions& /*options*/) {
-  fail("this build has no training: 'cmake --preset train && cmake --build --preset train' makes build/train/kilin, "
-       "which has it (docs/guides/training.md)");
+  fail(
+      "this build has no training: 'cmake --preset train && cmake --build --preset train' makes "
+      "build/train/kilin, "
+      "which has it (docs/guides/training.md)");
 }
 
 }  // namespace kilin::cli

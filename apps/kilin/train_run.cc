@@ -27,8 +27,8 @@ std::string line_of(const train::StepReport& report) {
   std::string line = fmt::format("step {} / {}  loss {:.4f}", report.step, report.steps, report.loss);
   if (report.accuracy) line += fmt::format("  accuracy {:.1f} %", 100 * *report.accuracy);
   return line + fmt::format("  lr {:.3g}  grad {:.3g}  {} tokens/s  {:.1f} % of peak  {} left", report.rate,
-                            report.grad_norm, human_rate(report.tokens_per_second), 100 * report.share_of_peak,
-                            human_duration(report.seconds_left));
+                            report.grad_norm, human_rate(report.tokens_per_second),
+                            100 * report.share_of_peak, human_duration(report.seconds_left));
 }
 
 // One line that is redrawn on a terminal; elsewhere a line every few seconds.
@@ -109,7 +109,8 @@ int run_training(const train::TrainConfig& config, const TrainOptions& options) 
   print(result, options.json);
   log_line(fmt::format("{} in {}, {} tokens/s, {:.1f} % of the {:.1f} GFLOP/s measured",
                        with_commas(result.tokens) + " tokens", human_duration(result.seconds),
-                       human_rate(result.tokens_per_second), 100 * result.share_of_peak, result.peak_flops / 1e9));
+                       human_rate(result.tokens_per_second), 100 * result.share_of_peak,
+                       result.peak_flops / 1e9));
   return result.interrupted ? kInterruptedExit : 0;
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of `kilin train` that needs libtorch: train_run.cc in builds with training, train_absent.cc in others.
+// The part of `kilin train` that needs libtorch: train_run.cc in builds with training, train_absent.cc in
+// others.
 #pragma once
 #include "train/config.h"
 

@@ -58,8 +58,8 @@ void fill(const io::SafetensorsFile& file, const std::string& name, at::Tensor t
 std::vector<std::string> tokenizer_files(const std::string& directory) {
   std::vector<std::string> files;
   if (directory.empty()) return files;
-  for (const char* name : {"tokenizer.json", "tiktoken.model", "tokenizer_config.json", "special_tokens_map.json",
-                           "chat_template.jinja"}) {
+  for (const char* name : {"tokenizer.json", "tiktoken.model", "tokenizer_config.json",
+                           "special_tokens_map.json", "chat_template.jinja"}) {
     const std::string path = (fs::path(directory) / name).string();
     std::error_code ignored;
     if (fs::is_regular_file(path, ignored)) files.push_back(path);
@@ -77,9 +77,8 @@ void write_checkpoint(const RunDirectory& run, const TrainConfig& config, const 
     for (const std::string& file : tokenizer_files(config.model.tokenizer))
       copy_file(file, directory + "/" + fs::path(file).filename().string());
   }
-  write_tensors(
-      optimizer_file(directory), exact_state(config, model, optimizer),
-      [](const NamedTensor& p) { return p.tensor.scalar_type(); }, {{"format", "pt"}});
+  write_tensors(optimizer_file(directory), exact_state(config, model, optimizer),
+                [](const NamedTensor& p) { return p.tensor.scalar_type(); }, {{"format", "pt"}});
   run.commit(state, config.run.keep);
 }
 
@@ -91,7 +90,8 @@ TorchModel load_checkpoint_model(const std::string& directory, const TrainConfig
   return model;
 }
 
-void restore_exactly(const std::string& directory, const TorchModel& model, Optimizer& optimizer, int64_t updates) {
+void restore_exactly(const std::string& directory, const TorchModel& model, Optimizer& optimizer,
+                     int64_t updates) {
   const auto file = io::SafetensorsFile::open(optimizer_file(directory));
   size_t used = 0;
   for (const auto& [name, tensor] : optimizer.state()) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A run's checkpoints: a Hugging Face directory (or PEFT's, with LoRA) that also holds what the run needs to go on
-// exactly: optimizer.safetensors and trainer_state.json.
+// A run's checkpoints: a Hugging Face directory (or PEFT's, with LoRA) that also holds what the run needs to
+// go on exactly: optimizer.safetensors and trainer_state.json.
 #pragma once
 #include <string>
 
@@ -18,7 +18,8 @@ void write_checkpoint(const RunDirectory& run, const TrainConfig& config, const 
 // restore_exactly(): the files may hold them as bfloat16.
 TorchModel load_checkpoint_model(const std::string& directory, const TrainConfig& config,
                                  const ModelOptions& options);
-void restore_exactly(const std::string& directory, const TorchModel& model, Optimizer& optimizer, int64_t updates);
+void restore_exactly(const std::string& directory, const TorchModel& model, Optimizer& optimizer,
+                     int64_t updates);
 
 // The files of a tokenizer and chat template that a directory has.
 std::vector<std::string> tokenizer_files(const std::string& directory);

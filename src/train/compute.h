@@ -12,7 +12,8 @@
 namespace kilin::train {
 
 struct RowLoss {
-  at::Tensor sum;      // of the negative log likelihoods of the counted labels, in nats; with a graph when training
+  at::Tensor
+      sum;  // of the negative log likelihoods of the counted labels, in nats; with a graph when training
   at::Tensor correct;  // bool [counted], whether the likeliest token is the label; undefined unless asked for
 };
 
@@ -30,8 +31,8 @@ struct Evaluation {
 Evaluation evaluate(TorchModel& model, const RowSource& source, int64_t rows, int64_t at_once,
                     ProcessGroup& group);
 
-// Operations per second of a large matrix product on the device, in the type that training multiplies in: what
-// share_of_peak is a share of. The best of several.
+// Operations per second of a large matrix product on the device, in the type that training multiplies in:
+// what share_of_peak is a share of. The best of several.
 double measure_peak_flops(const at::Device& device, bool bf16);
 
 }  // namespace kilin::train

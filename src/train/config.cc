@@ -97,13 +97,14 @@ Schedule read_schedule(const TomlReader& section, double peak, int64_t steps) {
   schedule.peak = peak;
   schedule.steps = steps;
   schedule.warmup = section.integer_or("warmup", std::min<int64_t>(100, steps / 10), 0, kMany);
-  if (schedule.warmup > steps) section.refuse("warmup", fmt::format("at most the {} steps of the run", steps));
-  if (schedule.kind != ScheduleKind::kConstant)
-    schedule.floor_share = section.number_or("floor", 0, 0, 1);
+  if (schedule.warmup > steps)
+    section.refuse("warmup", fmt::format("at most the {} steps of the run", steps));
+  if (schedule.kind != ScheduleKind::kConstant) schedule.floor_share = section.number_or("floor", 0, 0, 1);
   if (schedule.kind == ScheduleKind::kWsd) {
     schedule.decay = section.integer_or("decay", (steps - schedule.warmup) / 5, 0, kMany);
     if (schedule.decay > steps - schedule.warmup) {
-      section.refuse("decay", fmt::format("at most the {} steps behind the warm-up", steps - schedule.warmup));
+      section.refuse("decay",
+                     fmt::format("at most the {} steps behind the warm-up", steps - schedule.warmup));
     }
   }
   return schedule;
@@ -168,8 +169,8 @@ void check_together(const TrainConfig& config, const TomlReader& root) {
   const TomlReader model = root.section("model");
   const int64_t vocabulary = config.model.shape.vocab_size;
   if (config.data.kind == DataKind::kSynthetic && config.data.synthetic.vocabulary > vocabulary) {
-    fail("{}: key 'data.vocabulary': found {}, but the model has a vocabulary of {}", data.place("vocabulary"),
-         config.data.synthetic.vocabulary, vocabulary);
+    fail("{}: key 'data.vocabulary': found {}, but the model has a vocabulary of {}",
+         data.place("vocabulary"), config.data.synthetic.vocabulary, vocabulary);
   }
   const bool needs_tokenizer = config.data.kind == DataKind::kText || config.data.kind == DataKind::kChat;
   if (needs_tokenizer && config.model.tokenizer.empty()) {
@@ -217,9 +218,9 @@ TrainConfig read_train_config(const std::string& path, const std::vector<std::st
 std::vector<std::string> differences(const std::map<std::string, std::string>& before,
                                      const std::map<std::string, std::string>& now) {
   // These change when something is written and on what it runs, not what is trained.
-  static const std::set<std::string> kFree{"run.out",       "run.log_every", "run.eval_every",
-                                           "run.save_every", "run.keep",     "run.threads",
-                                           "run.device",    "data.valid",    "data.valid_sequences"};
+  static const std::set<std::string> kFree{"run.out",        "run.log_every", "run.eval_every",
+                                           "run.save_every", "run.keep",      "run.threads",
+                                           "run.device",     "data.valid",    "data.valid_sequences"};
   std::set<std::string> keys;
   for (const auto& [key, text] : before) keys.insert(key);
   for (const auto& [key, text] : now) keys.insert(key);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What `kilin train` is asked to do: a TOML file, read and checked in full before anything is trained. The keys
-// are described in docs/guides/training.md.
+// What `kilin train` is asked to do: a TOML file, read and checked in full before anything is trained. The
+// keys are described in docs/guides/training.md.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -59,9 +59,9 @@ struct OptimizerConfig {
   OptimizerKind kind = OptimizerKind::kAdamW;
   double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8;
   double weight_decay = 0.1;
-  bool decay_all = false;    // else matrices only
-  double clip = 1.0;          // of the gradient's norm; 0: no clipping
-  double momentum = 0.95;     // muon
+  bool decay_all = false;  // else matrices only
+  double clip = 1.0;       // of the gradient's norm; 0: no clipping
+  double momentum = 0.95;  // muon
 };
 
 // [precision]
@@ -95,23 +95,24 @@ struct TrainConfig {
   PrecisionConfig precision;
   BatchConfig batch;
   std::optional<LoraConfig> lora;
-  double router_bias_rate = 0;               // [moe] bias_rate
-  std::map<std::string, std::string> flat;   // every key as text: what a resumed run is compared with
+  double router_bias_rate = 0;              // [moe] bias_rate
+  std::map<std::string, std::string> flat;  // every key as text: what a resumed run is compared with
 
   int64_t tokens_per_step() const { return batch.sequences * data.sequence; }
 };
 
-// Reads the file, applies `overrides` ("section.key=value") and checks all of it: keys, types, ranges, the shape
-// of the model, that files exist. Throws Error "train.toml:LINE: key 'SECTION.KEY': ...".
+// Reads the file, applies `overrides` ("section.key=value") and checks all of it: keys, types, ranges, the
+// shape of the model, that files exist. Throws Error "train.toml:LINE: key 'SECTION.KEY': ...".
 TrainConfig read_train_config(const std::string& path, const std::vector<std::string>& overrides);
 TrainConfig read_train_config(const TomlTable& root, const std::string& file);
 
-// The keys in which two runs differ and that change what is trained, as "key 'optimizer.lr': 0.001, now 0.002".
+// The keys in which two runs differ and that change what is trained, as "key 'optimizer.lr': 0.001, now
+// 0.002".
 std::vector<std::string> differences(const std::map<std::string, std::string>& before,
                                      const std::map<std::string, std::string>& now);
 
-// ["kda", "kda", "kda", "mla"] for "3:1": the pattern that is repeated over the layers. `linear` names the layers
-// of the first number. Throws std::invalid_argument for what is no ratio.
+// ["kda", "kda", "kda", "mla"] for "3:1": the pattern that is repeated over the layers. `linear` names the
+// layers of the first number. Throws std::invalid_argument for what is no ratio.
 std::vector<std::string> ratio_pattern(const std::string& ratio, const std::string& linear);
 
 }  // namespace kilin::train

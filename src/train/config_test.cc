@@ -5,6 +5,7 @@
 
 #include "io/test_support.h"
 #include "train/cost.h"
+#include "train/model_section.h"
 
 namespace kilin::train {
 namespace {
@@ -82,8 +83,7 @@ TEST(TrainConfig, LayersByRatioListAndKind) {
 }
 
 TEST(TrainConfig, TokensInsteadOfStepsAndSequences) {
-  const TrainConfig config =
-      read(kGood, {"batch.sequences=4", "batch.accumulate=2"});
+  const TrainConfig config = read(kGood, {"batch.sequences=4", "batch.accumulate=2"});
   EXPECT_EQ(config.batch.accumulate, 2);
   std::string text = kGood;
   text.replace(text.find("steps = 100"), 11, "tokens = 10_000");
@@ -100,27 +100,32 @@ TEST(TrainConfig, FaultsNameLineAndKey) {
             "t.toml:27: key 'optimizer.lr': found \"fast\", expected a number from 0 to 10");
   EXPECT_EQ(error_with("hidden_size = 32", "hidden_size = \"big\""),
             "t.toml:6: key 'model.hidden_size': found \"big\", expected an integer from 1 to 16777216");
-  EXPECT_EQ(error_with("head_dim = 16\nshort", "head_dim = 1000\nshort"),
-            "t.toml:17: key 'model.linear_attn_config.head_dim': found 1000, expected an integer from 1 to 256");
+  EXPECT_EQ(
+      error_with("head_dim = 16\nshort", "head_dim = 1000\nshort"),
+      "t.toml:17: key 'model.linear_attn_config.head_dim': found 1000, expected an integer from 1 to 256");
   EXPECT_EQ(error_with("layers = \"3:1\"", "layers = \"three\""),
             "t.toml:8: key 'model.layers': found \"three\", expected the names kda, gdn and mla in the list");
-  EXPECT_EQ(error_with("layers = \"3:1\"", "layers = \"0:0\""),
-            "t.toml:8: key 'model.layers': found \"0:0\", expected a ratio of linear to full attention layers, for "
-            "example \"3:1\"");
+  EXPECT_EQ(
+      error_with("layers = \"3:1\"", "layers = \"0:0\""),
+      "t.toml:8: key 'model.layers': found \"0:0\", expected a ratio of linear to full attention layers, for "
+      "example \"3:1\"");
   EXPECT_EQ(error_with("task = \"palindrome\"", "task = \"sorting\""),
             "t.toml:21: key 'data.task': found \"sorting\", expected \"palindrome\", \"mqar\" or \"stack\"");
   EXPECT_EQ(error_with("vocabulary = 64", "vocabulary = 65"),
             "t.toml:22: key 'data.vocabulary': found 65, but the model has a vocabulary of 64");
-  EXPECT_EQ(error_with("steps = 100", ""), "t.toml: key 'run.steps' is missing, expected a whole number from 1 to "
-                                           "1099511627776");
+  EXPECT_EQ(error_with("steps = 100", ""),
+            "t.toml: key 'run.steps' is missing, expected a whole number from 1 to "
+            "1099511627776");
 }
 
 TEST(TrainConfig, ValuesThatDoNotFitEachOther) {
-  EXPECT_EQ(error({"batch.accumulate=3"}),
-            "--set batch.accumulate: key 'batch.accumulate': found 3, expected a divisor of the 8 sequences of a "
-            "step");
-  EXPECT_EQ(error({"schedule.warmup=200"}),
-            "--set schedule.warmup: key 'schedule.warmup': found 200, expected at most the 100 steps of the run");
+  EXPECT_EQ(
+      error({"batch.accumulate=3"}),
+      "--set batch.accumulate: key 'batch.accumulate': found 3, expected a divisor of the 8 sequences of a "
+      "step");
+  EXPECT_EQ(
+      error({"schedule.warmup=200"}),
+      "--set schedule.warmup: key 'schedule.warmup': found 200, expected at most the 100 steps of the run");
   EXPECT_EQ(error({"run.tokens=5"}),
             "--set run.tokens: key 'run.tokens': found 5, expected either 'tokens' or 'steps', not both");
   EXPECT_NE(error({"model.intermediate_size=0"}).find("intermediate_size"), std::string::npos);
@@ -162,6 +167,14 @@ TEST(TrainConfig, CheckpointsAndConfigFiles) {
   const TrainConfig fine_tune = read(text, {"lora.targets=[\"q_proj\"]", "lora.rank=4"});
   EXPECT_EQ(fine_tune.lora->alpha, 8);
   EXPECT_LT(training_cost(fine_tune).bytes_gradients, cost.bytes_gradients / 10);
+}
+
+TEST(TrainConfig, ShapesAreComparedByKey) {
+  const Config shape = read(kGood).model.shape;
+  EXPECT_EQ(shape_difference(shape, shape), "");
+  EXPECT_EQ(shape_difference(read(kGood, {"model.hidden_size=48"}).model.shape, shape),
+            "key 'hidden_size': found 48, expected 32");
+  EXPECT_NE(shape_difference(read(kGood, {"model.layers=1:1"}).model.shape, shape), "");
 }
 
 TEST(TrainConfig, DifferencesLeaveOutWhatDoesNotMatter) {

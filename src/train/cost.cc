@@ -22,8 +22,8 @@ bool is_target(const Parameter& p, const LoraConfig& lora) {
 double mixing_flops(const Config& c, double length) {
   const double linear_layers = static_cast<double>(c.layer_count() - c.count(LayerKind::kMla));
   const double state = static_cast<double>(c.linear.value_heads * c.linear.key_dim * c.linear.value_dim);
-  const double channels = static_cast<double>(2 * c.linear.heads * c.linear.key_dim +
-                                              c.linear.value_heads * c.linear.value_dim);
+  const double channels =
+      static_cast<double>(2 * c.linear.heads * c.linear.key_dim + c.linear.value_heads * c.linear.value_dim);
   const double taps = c.linear.conv_taps > 1 ? static_cast<double>(c.linear.conv_taps) : 0;
   const double width = static_cast<double>(c.mla.heads * (c.mla.nope + c.mla.rope + c.mla.value));
   const double full_layers = static_cast<double>(c.count(LayerKind::kMla));

@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "io/json.h"
+#include "model/config_text.h"
 
 namespace kilin::train {
 namespace {
@@ -43,13 +44,12 @@ void put_layers(const TomlReader& section, nlohmann::json& json) {
     const std::vector<std::string> given = section.strings("layers");
     if (given.empty()) section.refuse("layers", "a ratio such as \"3:1\" or a list of kda, gdn and mla");
     pattern = given.size() == 1 && given[0].find(':') != std::string::npos ? ratio_pattern(given[0], linear)
-                                                                         : given;
+                                                                           : given;
   } catch (const std::invalid_argument&) {
     section.refuse("layers", "a ratio of linear to full attention layers, for example \"3:1\"");
   }
-  nlohmann::json lists = {{"kda", nlohmann::json::array()},
-                          {"gdn", nlohmann::json::array()},
-                          {"mla", nlohmann::json::array()}};
+  nlohmann::json lists = {
+      {"kda", nlohmann::json::array()}, {"gdn", nlohmann::json::array()}, {"mla", nlohmann::json::array()}};
   for (int64_t layer = 0; layer < count; ++layer) {
     const std::string& kind = pattern[static_cast<size_t>(layer) % pattern.size()];
     if (!lists.contains(kind)) section.refuse("layers", "the names kda, gdn and mla in the list");
@@ -61,7 +61,8 @@ void put_layers(const TomlReader& section, nlohmann::json& json) {
   if (!lists["gdn"].empty()) linear_section["gdn_layers"] = lists["gdn"];
 }
 
-// An error of the reader of config.json, "FILE: key 'hidden_size': ...", with the line and the key of the TOML.
+// An error of the reader of config.json, "FILE: key 'hidden_size': ...", with the line and the key of the
+// TOML.
 [[noreturn]] void rethrow(const Error& error, const TomlReader& section) {
   std::string what = error.what();
   const std::string prefix = section.file() + ": ";
@@ -152,6 +153,28 @@ ModelSection read_model_section(const TomlReader& section) {
       model.tokenizer = model.path;
   }
   return model;
+}
+
+std::string shape_difference(const Config& found, const Config& expected) {
+  const auto flat = [](const Config& config) {
+    nlohmann::json json = nlohmann::json::parse(config_text(config, "float32"));
+    for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"}) json.erase(key);
+    return json.flatten();
+  };
+  const nlohmann::json a = flat(found);
+  const nlohmann::json b = flat(expected);
+  if (a == b) return "";
+  for (const auto& [key, value] : a.items()) {
+    if (!b.contains(key))
+      return fmt::format("key '{}': found {}, expected none", key.substr(1), value.dump());
+    if (b[key] != value)
+      return fmt::format("key '{}': found {}, expected {}", key.substr(1), value.dump(), b[key].dump());
+  }
+  for (const auto& [key, value] : b.items()) {
+    if (!a.contains(key))
+      return fmt::format("key '{}': found none, expected {}", key.substr(1), value.dump());
+  }
+  return "";
 }
 
 }  // namespace kilin::train

@@ -15,7 +15,7 @@ namespace {
 
 constexpr double kA = 3.4445, kB = -4.7750, kC = 2.0315;
 constexpr int kNewtonSchulzSteps = 5;
-constexpr double kMuonRms = 0.2;  // of the entries of an update, as AdamW's are about
+constexpr double kMuonRms = 0.2;                      // of the entries of an update, as AdamW's are about
 constexpr int64_t kBatchElements = int64_t{1} << 26;  // of matrices that are orthogonalised together
 
 bool is_matrix(Role role) { return role != Role::kVector && role != Role::kConv; }
@@ -102,8 +102,9 @@ void Optimizer::step(double rate) {
 void Optimizer::adamw(const Group& group, double rate, double weight_decay) {
   if (group.parameters.empty()) return;
   const std::vector<at::Tensor> steps(group.parameters.size(), step_);
-  at::_fused_adamw_(group.parameters, group.gradients, group.first, group.second, {}, steps, rate, config_.beta1,
-                    config_.beta2, weight_decay, config_.epsilon, /*amsgrad=*/false, /*maximize=*/false);
+  at::_fused_adamw_(group.parameters, group.gradients, group.first, group.second, {}, steps, rate,
+                    config_.beta1, config_.beta2, weight_decay, config_.epsilon, /*amsgrad=*/false,
+                    /*maximize=*/false);
 }
 
 void Optimizer::muon(const Matrices& matrices, double rate) const {

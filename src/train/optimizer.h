@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// AdamW and Muon over the parameters of a TorchModel. State is float32 and can be saved and restored to the bit.
+// AdamW and Muon over the parameters of a TorchModel. State is float32 and can be saved and restored to the
+// bit.
 #pragma once
 #include <ATen/core/Tensor.h>
 

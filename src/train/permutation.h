@@ -4,9 +4,9 @@
 
 namespace kilin::train {
 
-// A shuffle of 0 .. size - 1 that is computed place by place, without memory: four rounds of a Feistel network
-// over the next power of four, walked until the result is inside. A run that is resumed needs no more than the
-// place at which it stopped.
+// A shuffle of 0 .. size - 1 that is computed place by place, without memory: four rounds of a Feistel
+// network over the next power of four, walked until the result is inside. A run that is resumed needs no more
+// than the place at which it stopped.
 class Permutation {
  public:
   Permutation(uint64_t size, uint64_t seed);

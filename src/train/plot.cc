@@ -137,10 +137,12 @@ std::string plot_script(const std::vector<Curve>& curves, const PlotOptions& opt
   std::string script = fmt::format("set terminal {} size {},{} noenhanced font \"Helvetica,12\"\n", terminal,
                                    options.width, options.height);
   script += "set grid\nset key outside right top\n";
-  script += "set xlabel " + quoted(axis_label(options.x)) + "\nset ylabel " + quoted(axis_label(options.y)) + "\n";
+  script +=
+      "set xlabel " + quoted(axis_label(options.x)) + "\nset ylabel " + quoted(axis_label(options.y)) + "\n";
   if (!options.title.empty()) script += "set title " + quoted(options.title) + "\n";
   if (options.log_y) script += "set logscale y\n";
-  const bool share = options.y.find("accuracy") != std::string::npos || options.y.find("exact") != std::string::npos;
+  const bool share =
+      options.y.find("accuracy") != std::string::npos || options.y.find("exact") != std::string::npos;
   if (share) script += "set yrange [0:1.02]\n";
   for (size_t i = 0; i < curves.size(); ++i) {
     script += fmt::format("$curve{} << END_OF_CURVE\n", i);

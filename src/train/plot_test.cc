@@ -17,7 +17,8 @@ using io::TemporaryDirectory;
 TEST(Plot, ReadsTheCurveOfALog) {
   const TemporaryDirectory directory;
   const std::string log = directory.write(
-      "log.jsonl", "{\"step\":1,\"loss\":2.5}\n{\"step\":2,\"valid_loss\":2}\n{\"step\":3,\"loss\":1}\n{\"step\":4,\"lo");
+      "log.jsonl",
+      "{\"step\":1,\"loss\":2.5}\n{\"step\":2,\"valid_loss\":2}\n{\"step\":3,\"loss\":1}\n{\"step\":4,\"lo");
   const Curve curve = read_curve(directory.path(), {});
   EXPECT_EQ(curve.x, (std::vector<double>{1, 3}));
   EXPECT_EQ(curve.y, (std::vector<double>{2.5, 1}));

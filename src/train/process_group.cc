@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "train/process_group.h"
 
-#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
-#include <torch/csrc/distributed/c10d/TCPStore.hpp>
-
 #include <charconv>
 #include <cstdlib>
 #include <string_view>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include "base/error.h"
 #include "io/printable.h"
@@ -29,8 +28,8 @@ const char* environment(const char* name) { return std::getenv(name); }
 int number(const char* name, int low, int high, int fallback) {
   const char* text = environment(name);
   if (text == nullptr) {
-    check(fallback >= 0, "environment variable {}: missing, expected it beside WORLD_SIZE (as torchrun sets it)",
-          name);
+    check(fallback >= 0,
+          "environment variable {}: missing, expected it beside WORLD_SIZE (as torchrun sets it)", name);
     return fallback;
   }
   const std::string_view view(text);
@@ -72,8 +71,8 @@ std::unique_ptr<ProcessGroup> ProcessGroup::create(const Ranks& ranks, bool cuda
     throw;
   } catch (const std::exception& error) {
     const std::string what = error.what();
-    fail("process {} of {}: cannot reach the others at {}:{}: {}", ranks.rank, ranks.size, address, options.port,
-         io::printable(what.substr(0, what.find('\n')), 200));
+    fail("process {} of {}: cannot reach the others at {}:{}: {}", ranks.rank, ranks.size, address,
+         options.port, io::printable(what.substr(0, what.find('\n')), 200));
   }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The processes of one training run, over torch's c10d: gloo on the CPU, NCCL on GPUs. They find each other as
-// torchrun's do, by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+// The processes of one training run, over torch's c10d: gloo on the CPU, NCCL on GPUs. They find each other
+// as torchrun's do, by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -15,8 +15,8 @@ struct Ranks {
   int local = 0;  // number of the process on its machine: the GPU that it takes
 };
 
-// Of the environment; one process where WORLD_SIZE is not set. Throws Error naming the variable for values that
-// make no sense.
+// Of the environment; one process where WORLD_SIZE is not set. Throws Error naming the variable for values
+// that make no sense.
 Ranks ranks_from_environment();
 
 class ProcessGroup {

@@ -2,6 +2,7 @@
 // Private to the room.
 #pragma once
 #include <ATen/core/Tensor.h>
+
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include "train/process_group.h"

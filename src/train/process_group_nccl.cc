@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// NCCL through its C interface, which is stable within version 2, out of the library that a torch with CUDA has
-// loaded: no header of CUDA or NCCL is needed to build, and a torch without CUDA has none of it at run time.
+// NCCL through its C interface, which is stable within version 2, out of the library that a torch with CUDA
+// has loaded: no header of CUDA or NCCL is needed to build, and a torch without CUDA has none of it at run
+// time.
 #include <ATen/ATen.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>
@@ -31,7 +32,8 @@ struct Nccl {
 
   static Nccl load() {
     void* library = ::dlopen("libnccl.so.2", RTLD_NOW);
-    check(library != nullptr, "several processes on GPUs need NCCL (libnccl.so.2), which this torch has not loaded");
+    check(library != nullptr,
+          "several processes on GPUs need NCCL (libnccl.so.2), which this torch has not loaded");
     Nccl nccl{};
     find(library, "ncclGetUniqueId", nccl.get_unique_id);
     find(library, "ncclCommInitRank", nccl.init_rank);
@@ -55,12 +57,17 @@ struct Nccl {
 
 int type_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kFloat: return kFloat32;
-    case at::kDouble: return kFloat64;
-    case at::kLong: return kInt64;
-    case at::kBFloat16: return kBfloat16;
-    default: fail("NCCL: found a tensor of {}, expected float32, float64, bfloat16 or int64",
-                  at::toString(tensor.scalar_type()));
+    case at::kFloat:
+      return kFloat32;
+    case at::kDouble:
+      return kFloat64;
+    case at::kLong:
+      return kInt64;
+    case at::kBFloat16:
+      return kBfloat16;
+    default:
+      fail("NCCL: found a tensor of {}, expected float32, float64, bfloat16 or int64",
+           at::toString(tensor.scalar_type()));
   }
 }
 

@@ -58,8 +58,8 @@ void append_training_row(const RowSource& source, uint64_t seed, uint64_t number
   source.append(Permutation(rows, mix_bits(seed ^ mix_bits(pass)))(number % rows), out);
 }
 
-StreamRows::StreamRows(std::vector<std::unique_ptr<TokenStream>> streams, int64_t length, bool split_documents,
-                       int32_t bos_id, int32_t eos_id, const std::string& name)
+StreamRows::StreamRows(std::vector<std::unique_ptr<TokenStream>> streams, int64_t length,
+                       bool split_documents, int32_t bos_id, int32_t eos_id, const std::string& name)
     : streams_(std::move(streams)),
       first_rows_{0},
       length_(length),
@@ -84,7 +84,8 @@ void StreamRows::append(uint64_t row, PackedRows& out) const {
   const auto stream = static_cast<size_t>(after - first_rows_.begin()) - 1;
   const auto length = static_cast<size_t>(length_);
   std::vector<int32_t> ids(length + 1);
-  streams_[stream]->read((row - first_rows_[stream]) * static_cast<uint64_t>(length_), length + 1, ids.data());
+  streams_[stream]->read((row - first_rows_[stream]) * static_cast<uint64_t>(length_), length + 1,
+                         ids.data());
   for (size_t i = 0; i < length; ++i) {
     out.tokens.push_back(ids[i]);
     const bool ends = split_documents_ && (bos_id_ >= 0 ? ids[i + 1] == bos_id_ : ids[i] == eos_id_);

@@ -48,12 +48,13 @@ class TokenStream {
 std::unique_ptr<TokenStream> stream_of(TokenFile file);
 std::unique_ptr<TokenStream> stream_of(std::vector<int32_t> ids);
 
-// Windows of `length` tokens of each stream; the label of each is the token behind it. The end of a stream that
-// fills no window is left out.
+// Windows of `length` tokens of each stream; the label of each is the token behind it. The end of a stream
+// that fills no window is left out.
 class StreamRows : public RowSource {
  public:
-  // split_documents: a document (it begins with bos_id, or where that is -1 behind eos_id) is a sequence of its
-  // own, and the token behind its end is not predicted. Throws Error, naming `name`, when there is no window.
+  // split_documents: a document (it begins with bos_id, or where that is -1 behind eos_id) is a sequence of
+  // its own, and the token behind its end is not predicted. Throws Error, naming `name`, when there is no
+  // window.
   StreamRows(std::vector<std::unique_ptr<TokenStream>> streams, int64_t length, bool split_documents,
              int32_t bos_id, int32_t eos_id, const std::string& name);
   uint64_t rows() const override { return first_rows_.back(); }

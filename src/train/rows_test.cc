@@ -30,7 +30,8 @@ Ids counting(int32_t from, int count) {
 }
 
 TEST(StreamRows, WindowsAndTheTokenBehindEach) {
-  const StreamRows rows(streams({counting(0, 10), counting(100, 3), counting(200, 7)}), 3, false, -1, -1, "t");
+  const StreamRows rows(streams({counting(0, 10), counting(100, 3), counting(200, 7)}), 3, false, -1, -1,
+                        "t");
   EXPECT_EQ(rows.rows(), 3u + 0u + 2u);  // each needs the token behind its end
   PackedRows packed;
   rows.append(2, packed);
@@ -136,8 +137,9 @@ TEST(RunLog, ResumingDropsWhatIsComputedAgain) {
   record.step = 3;
   record.loss = 0.25;
   log.write(record);
-  EXPECT_NE(read_text(directory.file("log.jsonl")).find("\"step\":3,\"tokens\":0,\"seconds\":0.0,\"loss\":0.25"),
-            std::string::npos);
+  EXPECT_NE(
+      read_text(directory.file("log.jsonl")).find("\"step\":3,\"tokens\":0,\"seconds\":0.0,\"loss\":0.25"),
+      std::string::npos);
 }
 
 }  // namespace

@@ -92,7 +92,9 @@ RunDirectory::RunDirectory(std::string path) : path_(std::move(path)) {
 
 std::string RunDirectory::state_file(const std::string& checkpoint) { return checkpoint + "/" + kStateFile; }
 
-std::string RunDirectory::checkpoint(int64_t step) const { return fmt::format("{}/{}{:06}", path_, kPrefix, step); }
+std::string RunDirectory::checkpoint(int64_t step) const {
+  return fmt::format("{}/{}{:06}", path_, kPrefix, step);
+}
 
 std::string RunDirectory::temporary(int64_t step) const {
   return fmt::format("{}/{}{}{:06}", path_, kWriting, kPrefix, step);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The directory of a run: checkpoints step-000500, step-001000, ... and logs. A checkpoint is written under another
-// name and renamed when it is complete, so that a name step-N never holds a part of one, whatever is killed when.
+// The directory of a run: checkpoints step-000500, step-001000, ... and logs. A checkpoint is written under
+// another name and renamed when it is complete, so that a name step-N never holds a part of one, whatever is
+// killed when.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -43,7 +44,8 @@ class RunDirectory {
   void clean() const;
   // An empty directory to write a checkpoint's files to.
   std::string begin(int64_t step) const;
-  // Adds the state, gives the directory of begin() its name, and removes all but the newest `keep` checkpoints.
+  // Adds the state, gives the directory of begin() its name, and removes all but the newest `keep`
+  // checkpoints.
   void commit(const TrainerState& state, int64_t keep) const;
 
  private:

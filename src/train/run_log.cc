@@ -17,7 +17,7 @@ namespace {
 
 struct Column {
   const char* name;
-  std::optional<double> LogRecord::* value;
+  std::optional<double> LogRecord::*value;
 };
 
 constexpr Column kColumns[] = {
@@ -104,7 +104,8 @@ RunLog::File RunLog::open(const std::string& path) {
 }
 
 void RunLog::put(std::FILE* file, const std::string& path, const std::string& line) {
-  const bool written = std::fwrite(line.data(), 1, line.size(), file) == line.size() && std::fflush(file) == 0;
+  const bool written =
+      std::fwrite(line.data(), 1, line.size(), file) == line.size() && std::fflush(file) == 0;
   if (!written) fail("{}: cannot write: {}", path, io::errno_text(errno));
 }
 

@@ -13,7 +13,8 @@ double Schedule::rate(int64_t step) const {
   const double floor = peak * floor_share;
   if (kind == ScheduleKind::kCosine) {
     // The last update is one step short of x = 1, where the floor would make it do nothing.
-    const double x = static_cast<double>(step - warmup) / static_cast<double>(std::max<int64_t>(1, steps - warmup));
+    const double x =
+        static_cast<double>(step - warmup) / static_cast<double>(std::max<int64_t>(1, steps - warmup));
     return floor + (peak - floor) * 0.5 * (1.0 + std::cos(std::numbers::pi * x));
   }
   const int64_t left = steps - step;  // updates from this one on

@@ -102,24 +102,28 @@ std::unique_ptr<RowSource> chat_rows(const Part& part, std::vector<std::string>&
   for (size_t i = 0; i < part.paths.size(); ++i) {
     part.with_place(i, [&](const std::string& path) {
       ChatData data = read_chat_data(path, *part.tokenizer, chat ? &*chat : nullptr, options);
-      notes.push_back(fmt::format("{}: {} examples, {} tokens, {} of them learnt, {} examples cut to {} tokens, "
-                                  "{} left out",
-                                  path, data.examples.size(), data.tokens, data.counted, data.cut,
-                                  options.max_tokens, data.dropped));
+      notes.push_back(fmt::format(
+          "{}: {} examples, {} tokens, {} of them learnt, {} examples cut to {} tokens, "
+          "{} left out",
+          path, data.examples.size(), data.tokens, data.counted, data.cut, options.max_tokens, data.dropped));
       for (ChatExample& example : data.examples)
         sequences.push_back({std::move(example.tokens), std::move(example.labels)});
       return 0;
     });
   }
-  return std::make_unique<PackedSequences>(std::move(sequences), part.config.data.sequence, part.config.run.seed);
+  return std::make_unique<PackedSequences>(std::move(sequences), part.config.data.sequence,
+                                           part.config.run.seed);
 }
 
 std::unique_ptr<RowSource> open_part(const Part& part, std::vector<std::string>& notes) {
   if (part.paths.empty()) return nullptr;
   switch (part.config.data.kind) {
-    case DataKind::kTokens: return token_rows(part);
-    case DataKind::kText: return text_rows(part);
-    default: return chat_rows(part, notes);
+    case DataKind::kTokens:
+      return token_rows(part);
+    case DataKind::kText:
+      return text_rows(part);
+    default:
+      return chat_rows(part, notes);
   }
 }
 

@@ -141,8 +141,8 @@ TokenFileWriter::TokenFileWriter(const std::string& path, const TokenFileHeader&
 
 void TokenFileWriter::add_document(std::span<const int32_t> ids) {
   for (const int32_t id : ids) {
-    check(id >= 0 && static_cast<uint64_t>(id) < header_.vocab_size,
-          "{}: found id {}, expected one below {}", path_, id, header_.vocab_size);
+    check(id >= 0 && static_cast<uint64_t>(id) < header_.vocab_size, "{}: found id {}, expected one below {}",
+          path_, id, header_.vocab_size);
     const auto value = static_cast<uint32_t>(id);
     buffer_.append(reinterpret_cast<const char*>(&value), id_bytes_);
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Token files (.kbin): a text as the ids of one tokenizer, 2 or 4 bytes each, behind a header of 64 bytes that
-// says which tokenizer it was. All numbers are little-endian:
+// Token files (.kbin): a text as the ids of one tokenizer, 2 or 4 bytes each, behind a header of 64 bytes
+// that says which tokenizer it was. All numbers are little-endian:
 //   0   8 bytes  "KILINTOK"
 //   8   u32      version, 1
 //   12  u32      bytes of an id: 2 for vocabularies of up to 65,536 tokens, else 4

@@ -36,7 +36,8 @@ TEST(TokenFile, ReadsWhatWasWritten) {
     std::vector<int32_t> found(3);
     file.read(2, 3, found.data());
     EXPECT_EQ(found, (std::vector<int32_t>{ids[2], ids[3], ids[4]}));
-    EXPECT_EQ(std::filesystem::file_size(directory.file("t.kbin")), 64 + ids.size() * (vocab > 65536 ? 4 : 2));
+    EXPECT_EQ(std::filesystem::file_size(directory.file("t.kbin")),
+              64 + ids.size() * (vocab > 65536 ? 4 : 2));
   }
 }
 
@@ -61,8 +62,10 @@ TEST(TokenFile, DamageIsFound) {
   };
   EXPECT_EQ(error(good), "");
   EXPECT_EQ(error(good.substr(0, 20)), "t.kbin: found 20 bytes, expected a token file's header of 64");
-  EXPECT_EQ(error(good.substr(0, 70)), "t.kbin: found 6 bytes of ids, expected 6 ids of 2 bytes (is the file cut off?)");
-  EXPECT_EQ(error(good + "x"), "t.kbin: found 13 bytes of ids, expected 6 ids of 2 bytes (is the file cut off?)");
+  EXPECT_EQ(error(good.substr(0, 70)),
+            "t.kbin: found 6 bytes of ids, expected 6 ids of 2 bytes (is the file cut off?)");
+  EXPECT_EQ(error(good + "x"),
+            "t.kbin: found 13 bytes of ids, expected 6 ids of 2 bytes (is the file cut off?)");
   for (size_t byte = 8; byte < 64; ++byte) {  // the check sum covers all of the header
     std::string damaged = good;
     damaged[byte] = static_cast<char>(damaged[byte] ^ 0x40);
@@ -70,7 +73,8 @@ TEST(TokenFile, DamageIsFound) {
   }
   std::string other = good;
   other[0] = 'X';
-  EXPECT_EQ(error(other), "t.kbin: is no token file (made by 'kilin tokenize'): it does not begin with KILINTOK");
+  EXPECT_EQ(error(other),
+            "t.kbin: is no token file (made by 'kilin tokenize'): it does not begin with KILINTOK");
   std::string high = good;
   high[64 + 5] = 1;  // the id 3 becomes 259
   const TokenFile file = TokenFile::parse(std::as_bytes(std::span(high)), "t.kbin");
@@ -82,7 +86,8 @@ TEST(TokenFile, DamageIsFound) {
 TEST(TokenFile, TokenizerHashTellsTokenizersApart) {
   const std::string model = std::string(KILIN_SOURCE_DIR) + "/models/kilin-docs-10m";
   const text::Tokenizer tokenizer = text::Tokenizer::load(model);
-  const text::Tokenizer again = text::Tokenizer::load_tiktoken(model + "/tiktoken.model", model + "/tokenizer_config.json");
+  const text::Tokenizer again =
+      text::Tokenizer::load_tiktoken(model + "/tiktoken.model", model + "/tokenizer_config.json");
   EXPECT_EQ(tokenizer_hash(tokenizer), tokenizer_hash(again));  // the same tokens, from another file
   text::TokenizerParts parts = text::Tokenizer::load_parts(model);
   std::swap(parts.tokens[300], parts.tokens[301]);

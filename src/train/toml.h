@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// TOML files as configurations: every value knows where it was written, files include others, the command line
-// overrides single keys, and keys that nobody asked for are found.
+// TOML files as configurations: every value knows where it was written, files include others, the command
+// line overrides single keys, and keys that nobody asked for are found.
 #pragma once
 #include <cstdint>
 #include <initializer_list>
@@ -27,8 +27,9 @@ struct TomlValue {
 };
 
 // Reads a file. Its key 'include' (a path or a list of them, relative to the file) names files that are read
-// before it: tables are merged key by key, anything else of the later file takes the place of the earlier one.
-// Throws Error naming file and line for what is no TOML, dates and times (no key takes them) and include cycles.
+// before it: tables are merged key by key, anything else of the later file takes the place of the earlier
+// one. Throws Error naming file and line for what is no TOML, dates and times (no key takes them) and include
+// cycles.
 TomlTable read_toml_file(const std::string& path);
 // The same of a text; `name` stands for the path in errors and includes.
 TomlTable parse_toml(std::string_view text, const std::string& name);

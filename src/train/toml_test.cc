@@ -46,7 +46,9 @@ TEST(Toml, ErrorsNameLineAndKey) {
             "train.toml:5: key 'optimizer.lr': found 0.001, expected a number from 1 to 2");
   EXPECT_EQ(error_of([&] { optimizer.string("name"); }),
             "train.toml: key 'optimizer.name' is missing, expected a text in quotes");
-  EXPECT_EQ(error_of([&] { optimizer.choice_or("kind", "x", {"sgd", "muon"}); }),
+  EXPECT_EQ(error_of([&] {
+              optimizer.choice_or("kind", "x", {"sgd", "muon"});
+            }),
             "train.toml:4: key 'optimizer.kind': found \"adamw\", expected \"sgd\" or \"muon\"");
   EXPECT_EQ(error_of([&] { root.section("top"); }),
             "train.toml:2: key 'top': found 1, expected a section, [top]");

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 #include <chrono>
@@ -15,6 +16,7 @@
 #include "train/checkpoint.h"
 #include "train/compute.h"
 #include "train/cost.h"
+#include "train/model_section.h"
 #include "train/run_log.h"
 #include "train/sources.h"
 
@@ -70,6 +72,7 @@ class Trainer {
   const TrainHooks& hooks_;
   const Ranks ranks_ = ranks_from_environment();
   const at::Device device_;
+  const c10::OptionalDeviceGuard current_device_;
   std::unique_ptr<ProcessGroup> group_;
   Sources sources_;
   std::unique_ptr<RunDirectory> directory_;
@@ -87,7 +90,7 @@ class Trainer {
 };
 
 Trainer::Trainer(const TrainConfig& config, const TrainHooks& hooks)
-    : config_(config), hooks_(hooks), device_(device_of(config, ranks_)) {
+    : config_(config), hooks_(hooks), device_(device_of(config, ranks_)), current_device_(device_) {
   at::set_num_threads(config.run.threads > 0 ? config.run.threads : physical_cores());
   check_batch();
   sources_ = open_sources(config);
@@ -103,8 +106,8 @@ Trainer::Trainer(const TrainConfig& config, const TrainHooks& hooks)
 void Trainer::check_batch() const {
   const int64_t parts = config_.batch.accumulate * ranks_.size;
   check(config_.batch.sequences % parts == 0,
-        "{}: key 'batch.sequences': found {}, expected a multiple of {} (accumulate x {} processes)", config_.file,
-        config_.batch.sequences, parts, ranks_.size);
+        "{}: key 'batch.sequences': found {}, expected a multiple of {} (accumulate x {} processes)",
+        config_.file, config_.batch.sequences, parts, ranks_.size);
 }
 
 // The first process makes and cleans the directory, the others wait for it. The step to go on from.
@@ -117,8 +120,10 @@ std::optional<int64_t> Trainer::find_checkpoint() {
   if (!group_->first()) directory_ = std::make_unique<RunDirectory>(config_.run.out);
   const auto latest = directory_->latest();
   if (hooks_.resume) return latest;
-  check(!latest, "{}: holds checkpoints of a run already: --resume goes on from step {}, --out names another directory",
-        config_.run.out, latest.value_or(0));
+  check(
+      !latest,
+      "{}: holds checkpoints of a run already: --resume goes on from step {}, --out names another directory",
+      config_.run.out, latest.value_or(0));
   return std::nullopt;
 }
 
@@ -132,6 +137,9 @@ void Trainer::make_model(const std::optional<int64_t>& from) {
     state_ = read_trainer_state(RunDirectory::state_file(directory));
     check_same_config();
     model_ = std::make_unique<TorchModel>(load_checkpoint_model(directory, config_, options));
+    const std::string difference = shape_difference(model_->config(), config_.model.shape);
+    check(difference.empty(), "{}: section [model]: the checkpoint {} has another shape: {}", config_.file,
+          directory, difference);
   } else if (config_.model.from == ModelFrom::kCheckpoint) {
     model_ = std::make_unique<TorchModel>(TorchModel::load(config_.model.path, options));
   } else {
@@ -158,21 +166,22 @@ void Trainer::check_same_config() const {
   const auto changed = differences(state_.config, config_.flat);
   if (changed.empty()) return;
   if (!hooks_.accept_changes) {
-    fail("{}: {}{} (--accept-changes goes on although the run began otherwise)", config_.file, changed.front(),
-         changed.size() > 1 ? fmt::format(", and {} more", changed.size() - 1) : "");
+    fail("{}: {}{} (--accept-changes goes on although the run began otherwise)", config_.file,
+         changed.front(), changed.size() > 1 ? fmt::format(", and {} more", changed.size() - 1) : "");
   }
   for (const std::string& line : changed) say(line);
 }
 
-// This process's share of the rows of the next update, a part for each turn of the accumulation. Part p of all
-// processes together is the p'th piece of the step's rows, so that the rows do not depend on how many there are.
+// This process's share of the rows of the next update, a part for each turn of the accumulation. Part p of
+// all processes together is the p'th piece of the step's rows, so that the rows do not depend on how many
+// there are.
 std::vector<PackedRows> Trainer::read_rows() const {
   const int64_t per_part = config_.batch.sequences / config_.batch.accumulate;
   const int64_t own = per_part / group_->size();
   std::vector<PackedRows> parts(static_cast<size_t>(config_.batch.accumulate));
   for (size_t part = 0; part < parts.size(); ++part) {
-    const int64_t first = state_.step * config_.batch.sequences + static_cast<int64_t>(part) * per_part +
-                          group_->rank() * own;
+    const int64_t first =
+        state_.step * config_.batch.sequences + static_cast<int64_t>(part) * per_part + group_->rank() * own;
     for (int64_t row = first; row < first + own; ++row)
       append_training_row(*sources_.train, config_.run.seed, static_cast<uint64_t>(row), parts[part]);
   }
@@ -216,10 +225,13 @@ Trainer::Step Trainer::update() {
   const bool finite = std::isfinite(step.loss) && std::isfinite(step.grad_norm);
   if (!finite) {
     const auto kept = directory_->latest();
-    fail("step {}: the {} is {}, training cannot go on (a lower optimizer.lr or more schedule.warmup may help); {}",
-         state_.step + 1, std::isfinite(step.loss) ? "norm of the gradients" : "loss",
-         std::isfinite(step.loss) ? step.grad_norm : step.loss,
-         kept ? "the last good checkpoint is " + directory_->checkpoint(*kept) : "no checkpoint was written yet");
+    fail(
+        "step {}: the {} is {}, training cannot go on (a lower optimizer.lr or more schedule.warmup may "
+        "help); {}",
+        state_.step + 1, std::isfinite(step.loss) ? "norm of the gradients" : "loss",
+        std::isfinite(step.loss) ? step.grad_norm : step.loss,
+        kept ? "the last good checkpoint is " + directory_->checkpoint(*kept)
+             : "no checkpoint was written yet");
   }
   optimizer_->step(step.rate);
   balance_router();
@@ -287,7 +299,8 @@ void Trainer::write_log(const Step& step) {
 void Trainer::evaluate_and_log() {
   if (sources_.valid == nullptr) return;
   const auto rows = static_cast<int64_t>(sources_.valid->rows());
-  const int64_t wanted = config_.data.valid_sequences > 0 ? std::min(rows, config_.data.valid_sequences) : rows;
+  const int64_t wanted =
+      config_.data.valid_sequences > 0 ? std::min(rows, config_.data.valid_sequences) : rows;
   const int64_t at_once = config_.batch.sequences / config_.batch.accumulate / group_->size();
   evaluation_ = evaluate(*model_, *sources_.valid, wanted, at_once, *group_);
   if (!group_->first()) return;
@@ -300,10 +313,11 @@ void Trainer::evaluate_and_log() {
   record.valid_accuracy = evaluation_->accuracy;
   record.valid_exact = evaluation_->exact;
   log_->write(record);
-  say(fmt::format("step {}: validation loss {:.4f}, perplexity {:.3f}, accuracy {:.2f} %, {:.2f} % of the sequences "
-                  "exact",
-                  state_.step, evaluation_->loss, *record.valid_perplexity, 100 * evaluation_->accuracy,
-                  100 * evaluation_->exact));
+  say(fmt::format(
+      "step {}: validation loss {:.4f}, perplexity {:.3f}, accuracy {:.2f} %, {:.2f} % of the sequences "
+      "exact",
+      state_.step, evaluation_->loss, *record.valid_perplexity, 100 * evaluation_->accuracy,
+      100 * evaluation_->exact));
 }
 
 void Trainer::save() {

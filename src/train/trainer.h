@@ -38,8 +38,8 @@ struct TrainResult {
   double tokens_per_second = 0, share_of_peak = 0, peak_flops = 0;
 };
 
-// Trains as the configuration says. Throws Error for what does not fit, before the first update, and when the loss
-// is no number, with the newest checkpoint kept.
+// Trains as the configuration says. Throws Error for what does not fit, before the first update, and when the
+// loss is no number, with the newest checkpoint kept.
 TrainResult train(const TrainConfig& config, const TrainHooks& hooks);
 
 }  // namespace kilin::train

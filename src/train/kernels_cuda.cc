@@ -34,7 +34,7 @@ CudaType cuda_type(const at::Tensor& t) {
 }
 
 CudaTokens tokens(const at::Tensor& t) { return {t.data_ptr(), t.stride(0)}; }
-CudaGradient gradient(const at::Tensor& t) { return {t.data_ptr(), t.stride(0)}; }
+CudaGradient written(const at::Tensor& t) { return {t.data_ptr(), t.stride(0)}; }
 
 at::Tensor bytes(size_t count, const at::Tensor& like) {
   return at::empty({static_cast<int64_t>(count)}, like.options().dtype(at::kByte));
@@ -115,11 +115,11 @@ struct DeltaMixCuda : torch::autograd::Function<DeltaMixCuda> {
     KdaBackwardCudaParams p;
     p.forward = forward_params(settings, in);
     p.d_out = tokens(d_out);
-    p.d_q = gradient(d[kQ]);
-    p.d_k = gradient(d[kK]);
-    p.d_v = gradient(d[kV]);
-    p.d_gate = gradient(d[kGate]);
-    p.d_beta = gradient(d[kBeta]);
+    p.d_q = written(d[kQ]);
+    p.d_k = written(d[kK]);
+    p.d_v = written(d[kV]);
+    p.d_gate = written(d[kGate]);
+    p.d_beta = written(d[kBeta]);
     p.d_a_log = d[kALog].data_ptr<float>();
     p.d_dt_bias = d[kDtBias].data_ptr<float>();
     const at::Tensor workspace = bytes(kda_backward_cuda_workspace(p), in[kQ]);

@@ -21,8 +21,9 @@ constexpr int kNameAttempts = 100;
 // What a reader of the directory would take for a part of the model.
 bool is_model_file(const std::string& name) {
   return name.ends_with(".safetensors") || name == "model.safetensors.index.json" || name == "config.json" ||
-         name == "adapter_config.json" || name == "generation_config.json" || name == "tokenizer.json" || name == "tokenizer_config.json" ||
-         name == "special_tokens_map.json" || name == "tiktoken.model" || name == "chat_template.jinja";
+         name == "adapter_config.json" || name == "generation_config.json" || name == "tokenizer.json" ||
+         name == "tokenizer_config.json" || name == "special_tokens_map.json" || name == "tiktoken.model" ||
+         name == "chat_template.jinja";
 }
 
 void make_directory(const fs::path& path) {
@@ -59,7 +60,8 @@ OutputDirectory::OutputDirectory(fs::path path, bool overwrite, Appears appears)
   if (fs::exists(status)) {
     check(fs::is_directory(status), "{}: is a file, expected a directory to write to", path_.string());
     if (fs::is_empty(path_) && appears == Appears::kInPlace) return;
-    check(fs::is_empty(path_) || overwrite, "{}: is not empty (--force overwrites the model in it)", path_.string());
+    check(fs::is_empty(path_) || overwrite, "{}: is not empty (--force overwrites the model in it)",
+          path_.string());
     path_ = fs::canonical(path_);  // a link to a directory stays one
     written_ = free_name(path_, "new");
   } else if (appears == Appears::kAtOnce) {

@@ -81,7 +81,8 @@ TensorOf<O> model_forward(O& o, const Config& c, const ModelWeights<WeightOf<O>>
   for (int layer = 0; layer < static_cast<int>(c.layer_count()); ++layer) {
     const auto& weights = w.layers[static_cast<size_t>(layer)];
     if constexpr (RunsLayers<O>) {
-      o.run_layer(layer, x, [&o, &c, layer, &weights](TensorOf<O>& y) { layer_block(o, c, layer, weights, y); });
+      o.run_layer(layer, x,
+                  [&o, &c, layer, &weights](TensorOf<O>& y) { layer_block(o, c, layer, weights, y); });
     } else {
       layer_block(o, c, layer, weights, x);
     }

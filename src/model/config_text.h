@@ -12,6 +12,7 @@ std::string config_text(const Config& config, const std::string& dtype);
 
 // `text`, a config.json, for weights stored anew: says `dtype`, and names no Python code beside it
 // (auto_map). Throws Error, naming `file`, if it is no JSON object.
-std::string config_text_with_dtype(const std::string& text, const std::string& file, const std::string& dtype);
+std::string config_text_with_dtype(const std::string& text, const std::string& file,
+                                   const std::string& dtype);
 
 }  // namespace kilin

@@ -21,8 +21,8 @@ using torch::autograd::variable_list;
 
 at::Tensor unit(const at::Tensor& x) { return x * at::rsqrt((x * x).sum(-1, true) + 1e-6); }
 
-// Rows of all sequences in step: [count * longest], behind a sequence's end its last row again (what comes out
-// there is dropped); empty sequences take row 0.
+// Rows of all sequences in step: [count * longest], behind a sequence's end its last row again (what comes
+// out there is dropped); empty sequences take row 0.
 std::vector<int64_t> rows_in_step(const Sequences& s, int64_t longest) {
   std::vector<int64_t> rows;
   for (int64_t n = 0; n < s.count(); ++n) {
@@ -45,8 +45,8 @@ std::vector<int64_t> places_in_step(const Sequences& s, int64_t longest) {
 // The kernel's settings between forward and backward.
 struct Kept {
   static void put(AutogradContext* context, const KdaParams& p, const std::vector<int32_t>& cu) {
-    context->saved_data["dims"] = std::vector<int64_t>{p.heads, p.value_heads, p.key_dim, p.value_dim,
-                                                       static_cast<int64_t>(p.gate_kind), p.scalar_gate};
+    context->saved_data["dims"] = std::vector<int64_t>{
+        p.heads, p.value_heads, p.key_dim, p.value_dim, static_cast<int64_t>(p.gate_kind), p.scalar_gate};
     context->saved_data["bound"] = static_cast<double>(p.lower_bound);
     context->saved_data["cu"] = std::vector<int64_t>(cu.begin(), cu.end());
   }
@@ -104,10 +104,10 @@ void point_to(KdaParams& p, const variable_list& in, const std::vector<int32_t>&
 }
 
 struct DeltaMixCpu : torch::autograd::Function<DeltaMixCpu> {
-  static at::Tensor forward(AutogradContext* context, const KdaParams& settings, const std::vector<int32_t>& cu,
-                            const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            const at::Tensor& gate, const at::Tensor& beta, const at::Tensor& a_log,
-                            const at::Tensor& dt_bias) {
+  static at::Tensor forward(AutogradContext* context, const KdaParams& settings,
+                            const std::vector<int32_t>& cu, const at::Tensor& q, const at::Tensor& k,
+                            const at::Tensor& v, const at::Tensor& gate, const at::Tensor& beta,
+                            const at::Tensor& a_log, const at::Tensor& dt_bias) {
     const variable_list in{q.contiguous(),    k.contiguous(),     v.contiguous(),      gate.contiguous(),
                            beta.contiguous(), a_log.contiguous(), dt_bias.contiguous()};
     Kept::put(context, settings, cu);
@@ -199,12 +199,5 @@ at::Tensor delta_mix_cpu(const DeltaMix& mix, const Sequences& sequences) {
   return DeltaMixCpu::apply(mix.settings, sequences.cu, mix.q, mix.k, mix.v, mix.gate, mix.beta, mix.a_log,
                             mix.dt_bias);
 }
-
-#ifndef KILIN_CUDA
-std::string delta_mix_cuda_obstacle(const KdaParams&, at::Device) {
-  return "this build has no CUDA kernels (KILIN_CUDA)";
-}
-at::Tensor delta_mix_cuda(const DeltaMix&, const Sequences&) { fail("this build has no CUDA kernels"); }
-#endif
 
 }  // namespace kilin::train

@@ -11,7 +11,9 @@ namespace {
 
 constexpr double kDeviation = 0.02;  // initializer_range of the published configurations
 
-Random random_of(const std::string& name, uint64_t seed) { return Random(mixed_bits(seed) ^ text_hash(name)); }
+Random random_of(const std::string& name, uint64_t seed) {
+  return Random(mixed_bits(seed) ^ text_hash(name));
+}
 
 std::vector<float> uniform(Random random, int64_t n, double bound) {
   std::vector<float> values(static_cast<size_t>(n));

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Writing of a model: config.json and safetensors.
+#include "train/torch_files.h"
+
 #include <ATen/ATen.h>
 
 #include <filesystem>
@@ -11,7 +13,6 @@
 #include "io/output_directory.h"
 #include "io/safetensors_writer.h"
 #include "model/config_text.h"
-#include "train/torch_files.h"
 #include "train/torch_model_impl.h"
 
 namespace kilin::train {

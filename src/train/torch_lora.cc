@@ -82,8 +82,8 @@ std::string adapter_config(const TorchModel::Impl& model, const std::string& bas
   for (const NamedTensor& t : model.lora) {
     const std::string end = ".lora_A.weight";
     if (t.name.ends_with(end))
-      json["target_modules"].push_back(
-          t.name.substr(std::string(kPrefix).size(), t.name.size() - std::string(kPrefix).size() - end.size()));
+      json["target_modules"].push_back(t.name.substr(
+          std::string(kPrefix).size(), t.name.size() - std::string(kPrefix).size() - end.size()));
   }
   json["lora_dropout"] = 0.0;
   json["bias"] = "none";
@@ -151,8 +151,8 @@ void TorchModel::save_lora(const std::string& directory, const std::string& base
   check(!fs::exists(directory) || fs::is_empty(directory) || fs::exists(fs::path(directory) / kConfigFile),
         "{}: is neither empty nor a directory of an adapter", directory);
   io::OutputDirectory out(directory, true, io::OutputDirectory::Appears::kAtOnce);
-  write_tensors(
-      out.add(kWeightsFile), impl_->lora, [](const NamedTensor&) { return at::kFloat; }, {{"format", "pt"}});
+  write_tensors(out.add(kWeightsFile), impl_->lora, [](const NamedTensor&) { return at::kFloat; },
+                {{"format", "pt"}});
   out.write(kConfigFile, adapter_config(*impl_, base_model));
   out.commit();
 }

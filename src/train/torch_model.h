@@ -25,8 +25,9 @@ enum class KdaPath { kKernel, kComposite };
 struct ModelOptions {
   at::ScalarType dtype = at::kFloat;  // of the parameters: float32, or float64 (tests)
   at::Device device = at::kCPU;
-  bool autocast_bf16 = false;         // matrix products in bfloat16; router, gates, norms, states float32
-  bool checkpoint_activations = false;  // keep the inputs of layers only, compute the rest again: the same bits
+  bool autocast_bf16 = false;  // matrix products in bfloat16; router, gates, norms, states float32
+  bool checkpoint_activations =
+      false;  // keep the inputs of layers only, compute the rest again: the same bits
   KdaPath kda_path = KdaPath::kKernel;
   std::string compatibility = "transformers";  // of files that are read (model/config.h)
 };
@@ -48,7 +49,8 @@ struct NamedTensor {
 // Tokens that chose each expert of a sparse layer.
 struct RouterCounts {
   int layer;
-  at::Tensor counts;  // int64 [experts], on the model's device; may be changed in place (summed over processes)
+  at::Tensor
+      counts;  // int64 [experts], on the model's device; may be changed in place (summed over processes)
 };
 
 struct LoraOptions {
@@ -106,9 +108,10 @@ class TorchModel {
 
   // A Hugging Face directory that transformers and `kilin run` load: config.json, generation_config.json,
   // model*.safetensors in Moonshot's names, and copies of the files `also` (a tokenizer). Matrices in `dtype`
-  // (float32, bfloat16, float16); A_log, dt_bias and the router's bias are float32. It appears whole or not at
-  // all; a model directory of this name is exchanged for it. With LoRA an Error: merge first.
-  void save(const std::string& directory, at::ScalarType dtype, const std::vector<std::string>& also = {}) const;
+  // (float32, bfloat16, float16); A_log, dt_bias and the router's bias are float32. It appears whole or not
+  // at all; a model directory of this name is exchanged for it. With LoRA an Error: merge first.
+  void save(const std::string& directory, at::ScalarType dtype,
+            const std::vector<std::string>& also = {}) const;
   // The same files into a directory that exists and that the caller gives its name when it is complete.
   void save_into(const std::string& directory, at::ScalarType dtype) const;
 

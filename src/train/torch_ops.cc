@@ -9,6 +9,7 @@
 #include "base/error.h"
 #include "model/blocks.h"
 #include "train/delta_mix.h"
+#include "train/gated_norm.h"
 #include "train/notice.h"
 #include "train/recompute.h"
 #include "train/short_convolution.h"
@@ -37,8 +38,8 @@ void check_range(const at::Tensor& values, int64_t below, const char* what) {
   if (values.numel() == 0) return;
   const auto low = values.min().item<int64_t>();
   const auto high = values.max().item<int64_t>();
-  check(low >= 0 && high < below, "training batch: {}: found {}, expected 0 to {}", what, low < 0 ? low : high,
-        below - 1);
+  check(low >= 0 && high < below, "training batch: {}: found {}, expected 0 to {}", what,
+        low < 0 ? low : high, below - 1);
 }
 
 }  // namespace
@@ -46,8 +47,8 @@ void check_range(const at::Tensor& values, int64_t below, const char* what) {
 TorchOps::TorchOps(const Config& config, const ModelOptions& options) : config_(config), options_(options) {
   for (size_t i = 0; i < config.sparse.size(); ++i) {
     if (!config.sparse[i]) continue;
-    counts_.push_back({static_cast<int>(i), at::zeros({config.moe.experts},
-                                                      at::TensorOptions(at::kLong).device(options.device))});
+    counts_.push_back({static_cast<int>(i),
+                       at::zeros({config.moe.experts}, at::TensorOptions(at::kLong).device(options.device))});
   }
 }
 
@@ -99,6 +100,9 @@ at::Tensor TorchOps::rms_norm(const Tensor& x, const Weight& w, double eps) {
 
 at::Tensor TorchOps::short_conv(const Tensor& x, const Weight* w, int, ConvStream) {
   if (w == nullptr) return at::silu(x);
+  if (x.is_cuda()) {
+    if (auto y = short_convolution_cuda(x, w->value, sequences_)) return *y;
+  }
   return short_convolution(x, w->value, sequences_);
 }
 
@@ -120,7 +124,8 @@ at::Tensor TorchOps::delta_mix(const MixInputs<Tensor, Weight>& in, int, LayerKi
       return delta_mix_cuda({p, in.q, in.k, in.v, in.gate, in.beta, a_log, in.dt_bias.value}, sequences_);
     notice_once("KDA in torch's operations, token by token and slow: " + obstacle);
   }
-  const Tensor q = exact(in.q), k = exact(in.k), v = exact(in.v), gate = exact(in.gate), beta = exact(in.beta);
+  const Tensor q = exact(in.q), k = exact(in.k), v = exact(in.v), gate = exact(in.gate),
+               beta = exact(in.beta);
   const DeltaMix mix{p, q, k, v, gate, beta, a_log, in.dt_bias.value};
   return kernel && options_.device.is_cpu() ? delta_mix_cpu(mix, sequences_)
                                             : delta_mix_composite(mix, sequences_);
@@ -128,6 +133,13 @@ at::Tensor TorchOps::delta_mix(const MixInputs<Tensor, Weight>& in, int, LayerKi
 
 at::Tensor TorchOps::gated_rms_norm(const Tensor& x, const Weight& w, const Tensor* z) {
   const int64_t width = config_.linear.value_dim;
+  if (x.is_cuda()) {
+    const GateActivation activation = z == nullptr ? GateActivation::kNone
+                                      : config_.linear.output_gate == OutputGate::kSilu
+                                          ? GateActivation::kSilu
+                                          : GateActivation::kSigmoid;
+    if (auto y = gated_norm_cuda(x, w.value, config_.norm_eps, z, activation)) return *y;
+  }
   const Tensor y = normalized(x.view({x.size(0), -1, width}), w.value, config_.norm_eps).view(x.sizes());
   if (z == nullptr) return y;
   const Tensor gate = exact(*z);
@@ -169,8 +181,8 @@ at::Tensor TorchOps::attention(const Tensor& q, const Tensor& k, const Tensor& v
     const auto part = [&](const Tensor& x) {
       return x.narrow(0, first, count * length).view({count, length, heads, width}).transpose(1, 2);
     };
-    const Tensor y = at::scaled_dot_product_attention(part(wide_q), part(wide_k), part(wide_v), std::nullopt, 0.0,
-                                                      true, scale);
+    const Tensor y = at::scaled_dot_product_attention(part(wide_q), part(wide_k), part(wide_v), std::nullopt,
+                                                      0.0, true, scale);
     out.push_back(y.transpose(1, 2).reshape({count * length, heads, width}));
   }
   return (out.size() == 1 ? out[0] : at::cat(out)).narrow(2, 0, v.size(2)).reshape({q.size(0), -1});
@@ -184,7 +196,8 @@ at::Tensor TorchOps::mla_mix(const Tensor& q, const Tensor& kv, const MlaWeights
   Tensor queries = q.view({rows, a.heads, a.nope + a.rope});
   Tensor keys = keys_values.narrow(2, 0, a.nope);
   if (a.rope > 0) {
-    const Tensor shared = rotated(kv.narrow(1, a.latent, a.rope)).unsqueeze(1).expand({rows, a.heads, a.rope});
+    const Tensor shared =
+        rotated(kv.narrow(1, a.latent, a.rope)).unsqueeze(1).expand({rows, a.heads, a.rope});
     keys = at::cat({keys, shared}, 2);
     if (a.use_rope)
       queries = at::cat({queries.narrow(2, 0, a.nope), rotated(queries.narrow(2, a.nope, a.rope))}, 2);
@@ -193,63 +206,6 @@ at::Tensor TorchOps::mla_mix(const Tensor& q, const Tensor& kv, const MlaWeights
 }
 
 at::Tensor TorchOps::swiglu(const Tensor& gate, const Tensor& up) { return at::silu(gate) * up; }
-
-TorchOps::Choice TorchOps::choose(const Tensor& x, const MoeWeights<Weight>& w, int layer) {
-  const MoeConfig& m = config_.moe;
-  const Tensor logits = at::linear(exact(x), w.router.value);
-  const Tensor score = m.sigmoid_router ? at::sigmoid(logits) : at::softmax(logits, -1);
-  const Tensor bias = w.router_bias.value.reshape({-1}).to(score.dtype());
-  Tensor choice = (score + bias).detach();
-  if (m.groups > 1) {
-    const int64_t size = m.experts / m.groups;
-    const Tensor members = choice.view({-1, m.groups, size});
-    const Tensor best = std::get<0>(members.topk(std::min<int64_t>(2, size), -1)).sum(-1);
-    const Tensor order = std::get<1>(at::sort(best, true, -1, true)).narrow(-1, 0, m.groups_kept);
-    const Tensor kept = at::zeros_like(best).scatter_(-1, order, 1.0);
-    choice = (members * kept.unsqueeze(-1)).view(choice.sizes());
-  }
-  Choice chosen;
-  chosen.experts = std::get<1>(at::sort(choice, true, -1, true)).narrow(-1, 0, m.top_k);
-  chosen.weights = (m.biased_weights ? score + bias : score).gather(-1, chosen.experts);
-  if (m.renormalize) chosen.weights = chosen.weights / (chosen.weights.sum(-1, true) + 1e-20);
-  chosen.weights = chosen.weights * m.scale;
-  if (count_) {
-    const auto of_layer = [&](const RouterCounts& c) { return c.layer == layer; };
-    auto& counts = std::find_if(counts_.begin(), counts_.end(), of_layer)->counts;
-    counts.add_(at::bincount(chosen.experts.flatten(), {}, m.experts));
-  }
-  return chosen;
-}
-
-// Tokens sorted by expert, each expert's at once, and back.
-at::Tensor TorchOps::routed(const Tensor& x, const Choice& choice,
-                            const std::vector<MlpWeights<Weight>>& experts) {
-  const int64_t top_k = config_.moe.top_k;
-  const Tensor flat = choice.experts.flatten();
-  const Tensor order = std::get<1>(at::sort(flat, true, -1, false));  // stable
-  const Tensor tokens = at::floor_divide(order, top_k);
-  const Tensor counts = at::bincount(flat, {}, config_.moe.experts).cpu();
-  const Tensor in = operand(x).index_select(0, tokens);
-  std::vector<Tensor> out;
-  int64_t first = 0;
-  for (size_t e = 0; e < experts.size(); ++e) {
-    const auto count = counts.data_ptr<int64_t>()[e];
-    if (count == 0) continue;
-    const Tensor part = in.narrow(0, first, count);
-    first += count;
-    const Tensor hidden = swiglu(product(part, experts[e].gate), product(part, experts[e].up));
-    out.push_back(product(hidden, experts[e].down));
-  }
-  const Tensor weights = choice.weights.flatten().index_select(0, order).unsqueeze(1);
-  const Tensor weighted = exact(at::cat(out)) * weights;
-  return at::zeros_like(x, weighted.options()).index_add(0, tokens, weighted);
-}
-
-at::Tensor TorchOps::moe(const Tensor& x, const MoeWeights<Weight>& w, int layer) {
-  const Choice choice = choose(x, w, layer);
-  const Tensor y = routed(x, choice, w.experts);
-  return config_.moe.shared > 0 ? y + mlp_block(*this, w.shared, x) : y;
-}
 
 void TorchOps::add_to(Tensor& x, const Tensor& y) { x = x + y; }
 

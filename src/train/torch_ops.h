@@ -77,7 +77,9 @@ class TorchOps {
   Tensor rotated(const Tensor& x) const;
   Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v) const;
   Choice choose(const Tensor& x, const MoeWeights<Weight>& w, int layer);
-  Tensor routed(const Tensor& x, const Choice& choice, const std::vector<MlpWeights<Weight>>& experts);
+  Tensor each_expert(const Tensor& x, const Tensor& counts, const std::vector<MlpWeights<Weight>>& experts);
+  Tensor grouped_experts(const Tensor& x, const Tensor& counts,
+                         const std::vector<MlpWeights<Weight>>& experts);
 
   const Config& config_;
   const ModelOptions& options_;

@@ -120,8 +120,8 @@ void fill_b(const TorchModel& model) {
 TEST_F(TrainFiles, lora_changes_nothing_at_first_and_merged_what_it_did_applied) {
   for (const size_t variant : {0, 1, 7, 19}) {
     const Config config = config_of(variants()[variant], "transformers");
-    TorchModel model = with_lora(config, config.tied_head ? train::LoraOptions{{"all-linear"}, 3, 6.0, 5}
-                                                          : kEverywhere);
+    TorchModel model =
+        with_lora(config, config.tied_head ? train::LoraOptions{{"all-linear"}, 3, 6.0, 5} : kEverywhere);
     TorchModel plain = TorchModel::random(config, 3, model.options());
     const auto batch = random_batch({20, 7}, config.vocab_size, 1);
     const c10::NoGradGuard no_gradients;
@@ -148,16 +148,15 @@ TEST_F(TrainFiles, lora_freezes_the_model_and_names_its_matrices_as_peft_does) {
     if (p.name.ends_with("lora_A.weight")) names.push_back(p.name.substr(0, p.name.size() - 14));
   }
   const std::string start = "base_model.model.model.layers.";
-  EXPECT_EQ(names,
-            (std::vector<std::string>{
-                start + "0.self_attn.f_b_proj", start + "1.self_attn.f_b_proj",
-                start + "1.block_sparse_moe.experts.1.w2", start + "2.self_attn.f_b_proj",
-                start + "2.block_sparse_moe.experts.1.w2", start + "3.self_attn.q_proj",
-                start + "3.self_attn.kv_b_proj", start + "3.self_attn.o_proj",
-                start + "3.block_sparse_moe.experts.1.w2",
-                start + "3.block_sparse_moe.shared_experts.gate_proj",
-                start + "3.block_sparse_moe.shared_experts.up_proj",
-                start + "3.block_sparse_moe.shared_experts.down_proj"}));
+  EXPECT_EQ(names, (std::vector<std::string>{
+                       start + "0.self_attn.f_b_proj", start + "1.self_attn.f_b_proj",
+                       start + "1.block_sparse_moe.experts.1.w2", start + "2.self_attn.f_b_proj",
+                       start + "2.block_sparse_moe.experts.1.w2", start + "3.self_attn.q_proj",
+                       start + "3.self_attn.kv_b_proj", start + "3.self_attn.o_proj",
+                       start + "3.block_sparse_moe.experts.1.w2",
+                       start + "3.block_sparse_moe.shared_experts.gate_proj",
+                       start + "3.block_sparse_moe.shared_experts.up_proj",
+                       start + "3.block_sparse_moe.shared_experts.down_proj"}));
   EXPECT_EQ(model.lora_parameters()[0].shape, (Shape{4, 32}));
   EXPECT_EQ(model.lora_parameters()[1].shape, (Shape{64, 4}));
   EXPECT_THROW(model.add_lora(kEverywhere), Error);

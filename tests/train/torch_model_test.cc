@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // TorchOps forward: against the oracle in double, against the engine in float32; packed batches; bad batches.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
 #include "base/error.h"
@@ -23,6 +24,13 @@ ModelOptions exact_options(const std::string& compat = "transformers") {
   options.compatibility = compat;
   return options;
 }
+
+// Models as small as these are faster on one thread, and do not disturb tests that run beside.
+class OneThread : public ::testing::Environment {
+  void SetUp() override { at::set_num_threads(1); }
+};
+[[maybe_unused]] ::testing::Environment* const kOneThread =
+    ::testing::AddGlobalTestEnvironment(new OneThread);
 
 class TrainFamily : public ::testing::TestWithParam<Variant> {};
 
@@ -126,8 +134,10 @@ TEST(TorchModel, initial_values_are_those_of_the_published_initialisation) {
       within(-0.5, 0.5);
       EXPECT_NEAR(x.std().item<double>(), 0.5 / std::sqrt(3.0), 0.03) << p.name;
     } else {
-      EXPECT_NEAR(x.std().item<double>(), 0.02, 0.02 * 3 / std::sqrt(static_cast<double>(x.numel()))) << p.name;
-      EXPECT_NEAR(x.mean().item<double>(), 0.0, 0.02 * 4 / std::sqrt(static_cast<double>(x.numel()))) << p.name;
+      EXPECT_NEAR(x.std().item<double>(), 0.02, 0.02 * 3 / std::sqrt(static_cast<double>(x.numel())))
+          << p.name;
+      EXPECT_NEAR(x.mean().item<double>(), 0.0, 0.02 * 4 / std::sqrt(static_cast<double>(x.numel())))
+          << p.name;
     }
   }
 }

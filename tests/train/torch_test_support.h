@@ -33,7 +33,8 @@ inline train::TrainBatch batch_of(const std::vector<std::vector<int32_t>>& seque
 
 inline train::TrainBatch random_batch(const std::vector<int64_t>& lengths, int64_t vocab, uint64_t seed) {
   std::vector<std::vector<int32_t>> sequences;
-  for (size_t i = 0; i < lengths.size(); ++i) sequences.push_back(random_ids(lengths[i], vocab, seed * 100 + i));
+  for (size_t i = 0; i < lengths.size(); ++i)
+    sequences.push_back(random_ids(lengths[i], vocab, seed * 100 + i));
   return batch_of(sequences);
 }
 
@@ -45,14 +46,15 @@ inline at::Tensor parameter(const train::TorchModel& model, const std::string& n
   return {};
 }
 
-// Moves norms, gates, biases away from their initial values and makes matrices larger, so that every part of the
-// model matters for its result. Decays end up between 0.05 and 0.9 a token.
+// Moves norms, gates, biases away from their initial values and makes matrices larger, so that every part of
+// the model matters for its result. Decays end up between 0.05 and 0.9 a token.
 inline void disturb(train::TorchModel& model, uint64_t seed) {
   Random random(seed);
   for (const auto& p : model.parameters()) {
     at::Tensor change = at::empty(p.shape, at::kDouble);
     for (int64_t i = 0; i < change.numel(); ++i)
-      change.data_ptr<double>()[i] = p.role == Role::kVector ? 0.3 * random.uniform(-1, 1) : 0.1 * random.normal();
+      change.data_ptr<double>()[i] =
+          p.role == Role::kVector ? 0.3 * random.uniform(-1, 1) : 0.1 * random.normal();
     if (p.name.ends_with("A_log") || p.name.ends_with("dt_bias")) p.tensor.detach().zero_();
     p.tensor.detach().add_(change.to(p.tensor.scalar_type()));
   }

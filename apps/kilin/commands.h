@@ -14,5 +14,6 @@ Command add_eval(CLI::App& parent);
 Command add_bench(CLI::App& parent);
 Command add_convert(CLI::App& parent);
 Command add_quantize(CLI::App& parent);
+Command add_merge(CLI::App& parent);
 
 }  // namespace kilin::cli

@@ -67,8 +67,8 @@ int run(int argc, const char* const* argv) {
   };
   app.set_version_flag("--version", version,
                        "print the version, the instruction set and the cores, and exit");
-  const std::vector<Command> commands{add_run(app),   add_chat(app),    add_info(app),    add_eval(app),
-                                      add_bench(app), add_convert(app), add_quantize(app)};
+  const std::vector<Command> commands{add_run(app),   add_chat(app),    add_info(app),     add_eval(app),
+                                      add_bench(app), add_convert(app), add_quantize(app), add_merge(app)};
   app.require_subcommand(1);
   if (argc == 1) {
     write_out(app.help());
@@ -81,7 +81,8 @@ int run(int argc, const char* const* argv) {
   if (!first.starts_with('-') && known.empty()) {
     return report_usage(
         app,
-        fmt::format("found command '{}', expected run, chat, info, eval, bench, convert or quantize", first));
+        fmt::format("found command '{}', expected run, chat, info, eval, bench, convert, quantize or merge",
+                    first));
   }
   try {
     app.parse(argc, argv);

@@ -22,6 +22,7 @@ constexpr const char* kWeightsFile = "adapter_model.safetensors";
 constexpr std::string_view kPrefix = "base_model.model.";
 constexpr std::string_view kHalfA = ".lora_A.weight";
 constexpr std::string_view kHalfB = ".lora_B.weight";
+constexpr std::string_view kBase = ".base_layer.weight";
 constexpr int64_t kMaxRank = 1 << 16;
 
 struct LoraConfig {
@@ -63,19 +64,20 @@ LoraConfig read_lora_config(const std::string& path) {
   json.ignore({"target_modules", "task_type", "base_model_name_or_path", "inference_mode", "lora_dropout",
                "revision", "auto_mapping", "peft_version", "layers_to_transform", "layers_pattern",
                "exclude_modules", "megatron_config", "megatron_core", "loftq_config", "eva_config",
-               "corda_config", "runtime_config", "ensure_weight_tying"});
+               "corda_config", "runtime_config", "ensure_weight_tying", "qalora_group_size"});
   for (const std::string& key : json.unread_keys()) {
     if (!is_off(json.value(key))) json.refuse(key, "nothing: Kilin does not compute this");
   }
   return config;
 }
 
+void check_plain(const std::string& path, const std::string& name, const TensorView& view) {
+  check(!is_quantized(view.dtype) && quant::readable(view.dtype),
+        "{}: tensor '{}': found type {}, expected F32, F16 or BF16", path, name, dtype_name(view.dtype));
+}
+
 void check_view(const std::string& path, const std::string& name, const TensorView& view, size_t rank_at,
                 int64_t rank) {
-  check(!is_quantized(view.dtype) && quant::readable(view.dtype),
-        "{}: tensor '{}': found type {}, expected F32, F16 "
-        "or BF16",
-        path, name, dtype_name(view.dtype));
   check(view.shape.size() == 2 && view.shape[rank_at] == rank && view.elements() > 0,
         "{}: tensor '{}': found shape {}, expected {} (r in {})", path, name, to_string(view.shape),
         rank_at == 0 ? fmt::format("[{}, in]", rank) : fmt::format("[out, {}]", rank), kConfigFile);
@@ -98,12 +100,19 @@ bool is_target(const std::string& module, const std::vector<std::string>& target
                      [&](const std::string& t) { return module == t || module.ends_with("." + t); });
 }
 
-// "base_model.model.X.lora_A.weight" -> "X"
-std::string module_of(const std::string& path, const std::string& name) {
-  const bool half = name.ends_with(kHalfA) || name.ends_with(kHalfB);
-  check(half && name.starts_with(kPrefix) && name.size() > kPrefix.size() + kHalfA.size(),
-        "{}: tensor '{}': expected a name {}MODULE{} or {}", path, name, kPrefix, kHalfA, kHalfB);
-  return name.substr(kPrefix.size(), name.size() - kPrefix.size() - kHalfA.size());
+struct TensorName {
+  std::string module;
+  std::string_view part;  // kHalfA, kHalfB or kBase
+};
+
+// "base_model.model.X.lora_A.weight" -> "X", kHalfA
+TensorName parse_name(const std::string& path, const std::string& name) {
+  for (const std::string_view part : {kHalfA, kHalfB, kBase}) {
+    const bool fits =
+        name.starts_with(kPrefix) && name.ends_with(part) && name.size() > kPrefix.size() + part.size();
+    if (fits) return {name.substr(kPrefix.size(), name.size() - kPrefix.size() - part.size()), part};
+  }
+  fail("{}: tensor '{}': expected a name {}MODULE{} or {}", path, name, kPrefix, kHalfA, kHalfB);
 }
 
 // Every name that a module may have, without ".weight". Parts of tensors have no module of their own.
@@ -121,6 +130,19 @@ std::map<std::string, Parameter> module_names(const Config& config) {
     }
   });
   return modules;
+}
+
+// The copy may have been rounded to a 16-bit type.
+void check_base(const LoraAdapter::Pair& pair, std::span<const float> values) {
+  if (pair.base.shape.empty()) return;
+  const std::vector<float> copy = floats_of(pair.base);
+  for (size_t i = 0; i < values.size(); ++i) {
+    check(std::fabs(copy[i] - values[i]) <= std::fabs(values[i]) * 0x1p-7F + 1e-6F,
+          "tensor '{}': the adapter's copy of the matrix differs from the model's (element {}: found {}, "
+          "expected {}): "
+          "it was made for another model",
+          pair.name, i, copy[i], values[i]);
+  }
 }
 
 bool adaptable(Role role) {
@@ -146,17 +168,21 @@ LoraAdapter LoraAdapter::open(const LoraSource& source) {
   adapter.rank_ = config.rank;
   adapter.scale_ = config.scale * source.scale;
   for (const std::string& name : adapter.file_.names()) {
-    const std::string module = module_of(path, name);
+    const auto [module, part] = parse_name(path, name);
     check(is_target(module, config.targets),
           "{}: tensor '{}': no module of this name is in target_modules of {}", path, name, kConfigFile);
-    const bool half_b = name.ends_with(kHalfB);
     const TensorView& view = adapter.file_.get(name);
-    check_view(path, name, view, half_b ? 1 : 0, config.rank);
-    check_finite(path, name, view);
+    check_plain(path, name, view);
     Pair& pair = adapter.pairs_[module];
-    (half_b ? pair.b : pair.a) = view;
-    if (half_b) pair.name = name;
     pair.scale = adapter.scale_;
+    if (part == kBase) {
+      pair.base = view;
+      continue;
+    }
+    check_view(path, name, view, part == kHalfB ? 1 : 0, config.rank);
+    check_finite(path, name, view);
+    (part == kHalfB ? pair.b : pair.a) = view;
+    if (part == kHalfB) pair.name = name;
   }
   check(!adapter.pairs_.empty(), "{}: found no tensors, expected those of at least one module", path);
   for (const auto& [module, pair] : adapter.pairs_) {
@@ -187,6 +213,9 @@ void LoraSet::assign(const LoraAdapter& adapter, const std::map<std::string, Par
     const Shape shape{pair.b.shape[0], pair.a.shape[1]};
     check(shape == p.shape, "{}: tensor '{}': the pair gives a matrix {}, expected {}", path, pair.name,
           to_string(shape), to_string(p.shape));
+    check(pair.base.shape.empty() || pair.base.shape == p.shape,
+          "{}: the copy of '{}' has shape {}, expected {}", path, module, to_string(pair.base.shape),
+          to_string(p.shape));
     check(seen.insert(p.name).second, "{}: tensor '{}': '{}' comes twice, under another name too", path,
           pair.name, p.name);
     by_parameter_[p.name].push_back(&pair);
@@ -196,6 +225,7 @@ void LoraSet::assign(const LoraAdapter& adapter, const std::map<std::string, Par
 void LoraSet::add_to(const Parameter& parameter, std::span<float> values, ThreadPool& pool) const {
   const auto found = by_parameter_.find(parameter.name);
   if (found == by_parameter_.end()) return;
+  for (const LoraAdapter::Pair* pair : found->second) check_base(*pair, values);
   for (const LoraAdapter::Pair* pair : found->second) {
     const auto rank = static_cast<size_t>(pair->a.shape[0]);
     const auto columns = static_cast<size_t>(pair->a.shape[1]);

@@ -22,8 +22,9 @@ namespace kilin {
 class LoraAdapter {
  public:
   struct Pair {
-    TensorView a;  // [rank][in], of a plain float type
-    TensorView b;  // [out][rank]
+    TensorView a;     // [rank][in], of a plain float type
+    TensorView b;     // [out][rank]
+    TensorView base;  // [out][in] or nothing: PEFT stores a copy of the head that it did not change
     double scale = 0;
     std::string name;  // of lora_B's tensor, for errors
   };

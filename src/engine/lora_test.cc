@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -221,6 +222,30 @@ TEST(Lora, quantised_weights_keep_the_whole_sum) {
   }
 }
 
+// PEFT stores the head's own weights beside its pair.
+TEST(Lora, copies_of_the_base_have_to_be_those_of_the_model) {
+  const io::TemporaryDirectory directory;
+  TestAdapter adapter([](const Parameter& p) { return p.role == Role::kHead; });
+  const auto checkpoint = io::Checkpoint::open(kTiny);
+  const TensorView& head = checkpoint.get("lm_head.weight");
+  Matrix copy{head.shape, std::vector<float>(static_cast<size_t>(head.elements()))};
+  std::memcpy(copy.values.data(), head.data, head.bytes());
+  const std::string name = "base_model.model.lm_head.base_layer.weight";
+  adapter.tensors[name] = copy;
+  const LoraSource source{adapter.write(directory.path() + "/a"), 1.0};
+  EXPECT_NO_THROW(LoadedModel::load(tiny_config(), io::Checkpoint::open(kTiny), 1, {&source, 1}));
+  adapter.tensors[name].values[7] += 0.1F;
+  adapter.write(source.directory);
+  try {
+    LoadedModel::load(tiny_config(), io::Checkpoint::open(kTiny), 1, {&source, 1});
+    ADD_FAILURE();
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("element 7: "), std::string::npos) << error.what();
+  }
+  adapter.tensors[name].shape = {copy.shape[1], copy.shape[0]};
+  EXPECT_NE(error_of(adapter).find("the copy of 'lm_head' has shape"), std::string::npos);
+}
+
 // transformers' own class names some modules otherwise.
 TEST(Lora, other_spellings_of_a_module_are_the_same_module) {
   TestAdapter adapter([](const Parameter&) { return false; });
@@ -287,6 +312,7 @@ TEST(Lora, bad_configurations_are_named) {
     a.config["use_dora"] = false;
     a.config["init_lora_weights"] = "gaussian";
     a.config["lora_dropout"] = 0.1;
+    a.config["qalora_group_size"] = 16;  // PEFT writes it although use_qalora is false
   });
   expect_error(
       "adapter_model.safetensors: tensor 'base_model.model.lm_head.lora_A.weight': no module of this name is "

@@ -22,7 +22,7 @@ ROOMS = {
     "engine": "base tensor model kernels quant io text",
     "server": "base engine text",
     "train": "base tensor model kernels io text eval",  # eval: the synthetic tasks it trains on
-    "eval": "base text",
+    "eval": "base io text",
 }
 ROOMS = {room: set(allowed.split()) for room, allowed in ROOMS.items()}
 # Tests and benchmarks beside the code may also read files (golden vectors, checkpoints).

@@ -14,6 +14,7 @@ Command add_eval(CLI::App& parent);
 Command add_bench(CLI::App& parent);
 Command add_convert(CLI::App& parent);
 Command add_quantize(CLI::App& parent);
+Command add_merge(CLI::App& parent);
 Command add_train(CLI::App& parent);
 Command add_tokenize(CLI::App& parent);
 Command add_plot(CLI::App& parent);

@@ -7,6 +7,8 @@
 
 #include <array>
 #include <cerrno>
+#include <charconv>
+#include <cmath>
 #include <filesystem>
 #include <limits>
 #include <system_error>
@@ -104,6 +106,26 @@ void add_engine_options(CLI::App& app, ModelArguments& arguments) {
       ->capture_default_str()
       ->group("Engine");
   add_cache_options(app, arguments);
+  app.add_option("--lora", arguments.lora,
+                 "add a LoRA adapter (a PEFT directory), times SCALE; may be given several times")
+      ->type_name("DIR[:SCALE]")
+      ->check(not_empty())
+      ->allow_extra_args(false)
+      ->group("Engine");
+}
+
+LoraSource lora_source(const std::string& text) {
+  std::error_code ignored;
+  const size_t colon = text.rfind(':');
+  if (colon == std::string::npos || std::filesystem::is_directory(text, ignored)) return {text, 1.0};
+  const char* const begin = text.data() + colon + 1;
+  const char* const end = text.data() + text.size();
+  LoraSource source{text.substr(0, colon), 0.0};
+  const auto [at, error] = std::from_chars(begin, end, source.scale);
+  const bool number = error == std::errc{} && at == end && std::isfinite(source.scale);
+  check(number, "{}: no such directory, and found '{}' as its scale, expected a number", text,
+        std::string(begin, end));
+  return source;
 }
 
 ModelOptions model_options(const ModelArguments& arguments) {
@@ -114,6 +136,7 @@ ModelOptions model_options(const ModelArguments& arguments) {
   options.prefill_chunk = arguments.prefill_chunk;
   options.cache_type = arguments.cache_type;
   options.pin_threads = arguments.pin;
+  for (const std::string& text : arguments.lora) options.lora.push_back(lora_source(text));
   return options;
 }
 

@@ -20,13 +20,18 @@ struct ModelArguments {
   int64_t prefill_chunk = 2048;
   std::string cache_type = "f16";
   bool pin = false;
+  std::vector<std::string> lora;  // DIR or DIR:SCALE
 };
 
-// The positional MODEL; then --threads, --device, --compat, --prefill-chunk, --cache-type and --pin.
+// The positional MODEL; then --threads, --device, --compat, --prefill-chunk, --cache-type, --pin and --lora.
 void add_model_argument(CLI::App& app, ModelArguments& arguments);
 void add_engine_options(CLI::App& app, ModelArguments& arguments);
 void add_threads_option(CLI::App& app, int& threads);
 void add_cache_options(CLI::App& app, ModelArguments& arguments);  // --cache-type, --pin
+
+// "DIR" or "DIR:SCALE"; a directory that exists under the whole name is that one. Throws Error for a bad
+// scale.
+LoraSource lora_source(const std::string& text);
 
 ModelOptions model_options(const ModelArguments& arguments);
 // Without need_tokenizer the tokenizer is loaded if the checkpoint has one.

@@ -68,9 +68,9 @@ int run(int argc, const char* const* argv) {
   };
   app.set_version_flag("--version", version,
                        "print the version, the instruction set and the cores, and exit");
-  const std::vector<Command> commands{add_run(app),      add_chat(app),    add_info(app),     add_eval(app),
-                                      add_bench(app),    add_convert(app), add_quantize(app), add_train(app),
-                                      add_tokenize(app), add_plot(app)};
+  const std::vector<Command> commands{add_run(app),   add_chat(app),     add_info(app),     add_eval(app),
+                                      add_bench(app), add_convert(app),  add_quantize(app), add_merge(app),
+                                      add_train(app), add_tokenize(app), add_plot(app)};
   app.require_subcommand(1);
   if (argc == 1) {
     write_out(app.help());
@@ -83,7 +83,7 @@ int run(int argc, const char* const* argv) {
   if (!first.starts_with('-') && known.empty()) {
     return report_usage(
         app,
-        fmt::format("found command '{}', expected run, chat, info, eval, bench, convert, quantize, train, "
+        fmt::format("found command '{}', expected run, chat, info, eval, bench, convert, quantize, merge, train, "
                     "tokenize or plot",
                     first));
   }

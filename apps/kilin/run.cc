@@ -14,6 +14,7 @@
 #include "kilin/common.h"
 #include "kilin/format.h"
 #include "kilin/interrupt.h"
+#include "kilin/model_source.h"
 #include "kilin/output.h"
 #include "kilin/progress.h"
 
@@ -82,13 +83,6 @@ void check_usage(const RunOptions& options) {
   if (prompts != 1) throw UsageError("exactly one of --prompt, --prompt-file and --prompt-ids is needed");
   if (options.prompt_ids && (options.bos || options.no_bos))
     throw UsageError("--prompt-ids is fed as it is: no --bos or --no-bos");
-}
-
-// Special tokens are those that vanish from the text when they are skipped.
-bool begins_with_special(const Model& model, const std::vector<int32_t>& ids) {
-  if (ids.empty()) return false;
-  const auto first = std::span(ids).first(1);
-  return model.decode_text(first, true).empty() && !model.decode_text(first, false).empty();
 }
 
 std::vector<int32_t> encode_text(const Model& model, const std::string& text, const RunOptions& options) {

@@ -24,6 +24,13 @@
 
 namespace kilin {
 
+// A LoRA adapter as PEFT writes it (adapter_config.json, adapter_model.safetensors) and a factor on its
+// effect.
+struct LoraSource {
+  std::string directory;
+  double scale = 1.0;
+};
+
 struct ModelOptions {
   int threads = 0;  // 0: the physical cores
   // Which implementation to agree with where implementations differ (docs/decisions/compatibility.md):
@@ -38,6 +45,8 @@ struct ModelOptions {
   bool check_finite =
       true;  // stop with an error when logits are NaN or infinite, naming the weights to blame
   bool require_tokenizer = true;  // false: token ids only (encode, decode and chat_prompt throw)
+  // Added to the weights at load, in this order. Matrices that one changes are computed with as float32.
+  std::vector<LoraSource> lora;
 };
 
 struct ModelInfo {

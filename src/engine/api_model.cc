@@ -145,9 +145,9 @@ Model Model::load(const std::string& path, const ModelOptions& options) {
   if (directory) source = read_directory(path, options);
   io::Checkpoint checkpoint = io::Checkpoint::open(path);
   if (!source) source = read_gguf(*checkpoint.gguf(), options);
-  auto impl = std::make_shared<Impl>(
-      LoadedModel::load(std::move(source->config), std::move(checkpoint), engine_options(options).threads),
-      options);
+  auto impl = std::make_shared<Impl>(LoadedModel::load(std::move(source->config), std::move(checkpoint),
+                                                       engine_options(options).threads, options.lora),
+                                     options);
   impl->tokenizer = std::move(source->tokenizer);
   impl->chat_template = std::move(source->chat_template);
   impl->end_ids = find_end_ids(impl->engine.config(), source->generation_end_ids, impl->tokenizer);
@@ -156,6 +156,7 @@ Model Model::load(const std::string& path, const ModelOptions& options) {
 }
 
 Model Model::random(const std::string& config_path, uint64_t seed, const ModelOptions& options) {
+  check(options.lora.empty(), "{}: random weights take no LoRA adapter", config_path);
   Config config = read_config_file(config_path, options.compatibility);
   auto impl = std::make_shared<Impl>(
       LoadedModel::random(std::move(config), seed, StoredValues::kDrop, engine_options(options).threads),

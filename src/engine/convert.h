@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "kilin/kilin.h"
 #include "tensor/dtype.h"
 
 namespace kilin {
@@ -54,5 +55,11 @@ ConvertReport random_gguf(const std::string& config_path, uint64_t seed, const s
 // then it is exchanged for the new one once that is complete (output_directory.h).
 ConvertReport convert_to_hugging_face(const std::string& source, const std::string& directory,
                                       const ConvertOptions& options);
+
+// A Hugging Face directory of the model with the adapter added to its weights, every sum rounded once to the
+// type that is written (kAuto: that of the source, quantised ones become bfloat16). Tokenizer, chat template,
+// generation configuration, licences and code files (*.py) of a source directory go along.
+ConvertReport merge_lora(const std::string& source, const LoraSource& adapter, const std::string& directory,
+                         const ConvertOptions& options);
 
 }  // namespace kilin

@@ -7,8 +7,8 @@
 #include "base/error.h"
 #include "base/thread_pool.h"
 #include "engine/convert_source.h"
-#include "model/random_values.h"
 #include "model/gguf_config.h"
+#include "model/random_values.h"
 #include "quant/formats.h"
 
 namespace kilin {

@@ -14,11 +14,11 @@
 
 #include "base/error.h"
 #include "engine/convert_plan.h"
+#include "io/test_support.h"
+#include "model/gguf_config.h"
 #include "model/random_values.h"
 #include "model/stored_model.h"
 #include "model/stored_parameter.h"
-#include "io/test_support.h"
-#include "model/gguf_config.h"
 #include "quant/formats.h"
 
 namespace kilin {

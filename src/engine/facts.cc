@@ -75,6 +75,11 @@ std::vector<std::pair<std::string, std::string>> details(const Engine& engine, c
                                          c.moe.biased_weights ? "with" : "without"));
   }
   d.emplace_back("head", c.tied_head ? "tied to the embedding" : "own");
+  for (const LoraAdapter& adapter : engine.model().lora().adapters()) {
+    d.emplace_back("adapter",
+                   fmt::format("{} (rank {}, times {:.4g}, {} matrices, now float32)", adapter.directory(),
+                               adapter.rank(), adapter.scale(), adapter.pairs().size()));
+  }
   for (const auto& [type, n] : totals.by_type) d.emplace_back("parameters in " + type, fmt::format("{}", n));
   d.emplace_back("cpu", fmt::format("{} threads, {}", engine.threads(), isa_name(active_isa())));
   return d;

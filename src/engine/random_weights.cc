@@ -7,8 +7,8 @@
 #include "base/cpu.h"
 #include "base/error.h"
 #include "base/thread_pool.h"
-#include "model/random_values.h"
 #include "engine/weights.h"
+#include "model/random_values.h"
 #include "quant/formats.h"
 
 namespace kilin {

@@ -8,6 +8,7 @@
 #include "base/cpu.h"
 #include "base/error.h"
 #include "kernels/norm/norm.h"
+#include "model/stored_parameter.h"
 #include "quant/formats.h"
 
 namespace kilin {
@@ -193,7 +194,19 @@ void LoadedModel::collect_experts() {
   }
 }
 
-LoadedModel LoadedModel::load(Config config, io::Checkpoint checkpoint, int threads) {
+// Packed at once, so that one matrix at most is in memory twice.
+void LoadedModel::bind_changed(const io::Checkpoint& checkpoint, const Parameter& p, Weight& w,
+                               ThreadPool& pool) {
+  const auto stored = StoredParameter::find(checkpoint, p, config_);
+  std::vector<float> values(static_cast<size_t>(stored.elements()));
+  stored.read(0, stored.elements(), values.data());
+  lora_.add_to(p, values, pool);
+  bind_parameter(p, {{Dtype::kF32, p.shape, values.data()}, Transform::kNone, {}}, w);
+  packed_.pack(pool);
+}
+
+LoadedModel LoadedModel::load(Config config, io::Checkpoint checkpoint, int threads,
+                              std::span<const LoraSource> lora) {
   // The table of weights is sized by the configuration, so that has to be plausible first. A checkpoint that
   // merely lacks tensors gets the clearer message below.
   const double least_bytes = config.least_parameters() / 2;  // four bits each
@@ -201,23 +214,31 @@ LoadedModel LoadedModel::load(Config config, io::Checkpoint checkpoint, int thre
         "{}: holds {} bytes of tensors, but its configuration describes a model of at least {:.0f}",
         checkpoint.path(), checkpoint.total_bytes(), least_bytes);
   LoadedModel model(std::move(config));
+  model.lora_ = LoraSet(lora, model.config_);
+  ThreadPool pool(threads > 0 ? threads : physical_cores());
   std::set<std::string> used;
   visit_parameters(model.weights_, model.config_, [&](const Parameter& p, Weight& w) {
     const Found found = find_parameter(checkpoint, p, model.config_);
+    const bool changed = model.lora_.changes(p);
     used.insert(found.name);
-    model.table_.push_back({p, found.name, found.tensor.view});
-    if (!found.second_name.empty()) {
-      used.insert(found.second_name);
-      model.table_.push_back({p, found.second_name, found.tensor.second});
+    if (!found.second_name.empty()) used.insert(found.second_name);
+    if (changed) {
+      model.table_.push_back({p, found.name, {Dtype::kF32, p.shape, nullptr}});
+    } else {
+      model.table_.push_back({p, found.name, found.tensor.view});
+      if (!found.second_name.empty()) model.table_.push_back({p, found.second_name, found.tensor.second});
     }
     try {
-      model.bind_parameter(p, found.tensor, w);
+      if (changed) {
+        model.bind_changed(checkpoint, p, w, pool);
+      } else {
+        model.bind_parameter(p, found.tensor, w);
+      }
     } catch (const Error& e) {
       fail("{}: {}", checkpoint.path(), e.what());
     }
   });
   check_all_used(checkpoint, used);
-  ThreadPool pool(threads > 0 ? threads : physical_cores());
   model.packed_.pack(pool);
   checkpoint.advise(io::Access::kDontNeed);  // what is needed further is read anew from the system's cache
   model.collect_experts();

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/float16.h"
+#include "engine/lora.h"
 #include "engine/packed_memory.h"
 #include "io/checkpoint.h"
 #include "kernels/matmul/matmul.h"
@@ -53,8 +54,10 @@ enum class StoredValues { kDrop, kKeep };
 class LoadedModel {
  public:
   // Finds every parameter in the checkpoint, checks shapes and types, and refuses tensors that no parameter
-  // uses. Packs with `threads` threads, 0: the physical cores.
-  static LoadedModel load(Config config, io::Checkpoint checkpoint, int threads = 0);
+  // uses. Packs with `threads` threads, 0: the physical cores. Matrices that an adapter changes are packed as
+  // float32, the sum rounded nowhere else (docs/decisions/lora.md); table() has no data of them.
+  static LoadedModel load(Config config, io::Checkpoint checkpoint, int threads = 0,
+                          std::span<const LoraSource> lora = {});
   // bfloat16 values of random_values(). Without kKeep, views in table() but the embedding's have no data.
   static LoadedModel random(Config config, uint64_t seed, StoredValues values = StoredValues::kDrop,
                             int threads = 0);
@@ -67,6 +70,7 @@ class LoadedModel {
   const std::vector<NamedWeight>& table() const { return table_; }
   // Memory of the packed matrices.
   size_t packed_bytes() const { return packed_.bytes(); }
+  const LoraSet& lora() const { return lora_; }
   // Name of the first tensor with a NaN or infinity, or "". Reads all weights.
   std::string first_not_finite() const;
 
@@ -76,6 +80,8 @@ class LoadedModel {
   void bind_parameter(const Parameter& parameter, const FoundTensor& found, Weight& w);
   Weight bind(const Parameter& parameter, const FoundTensor& found);
   void bind_latent_heads(LatentHeads& heads, const FoundTensor& found);
+  void bind_changed(const io::Checkpoint& checkpoint, const Parameter& parameter, Weight& w,
+                    ThreadPool& pool);
   void collect_experts();
 
   Config config_;
@@ -85,6 +91,7 @@ class LoadedModel {
   std::vector<std::optional<ExpertWeights>> shared_;
   std::vector<LatentHeads> latent_heads_;
   PackedMemory packed_;
+  LoraSet lora_;
   std::optional<io::Checkpoint> checkpoint_;
   std::deque<std::vector<float>> floats_;
   std::vector<std::unique_ptr<BFloat16[]>> random_values_;

@@ -10,12 +10,12 @@
 
 #include "base/error.h"
 #include "engine/convert.h"
-#include "model/stored_parameter.h"
 #include "io/gguf_writer.h"
 #include "io/json.h"
 #include "io/safetensors_writer.h"
 #include "io/test_support.h"
 #include "model/gguf_config.h"
+#include "model/stored_parameter.h"
 
 namespace kilin {
 namespace {

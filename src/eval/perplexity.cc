@@ -11,14 +11,6 @@
 namespace kilin::eval {
 namespace {
 
-// Logits of a large vocabulary are big (163,840 x 512 tokens are 320 MiB), so long windows go in pieces.
-constexpr int64_t kPieceBytes = int64_t{64} << 20;
-constexpr int64_t kMaxPiece = 512;
-
-int64_t piece_length(int64_t vocab_size) {
-  return std::clamp<int64_t>(kPieceBytes / (vocab_size * static_cast<int64_t>(sizeof(float))), 1, kMaxPiece);
-}
-
 void check_window(Window window, size_t number, int64_t vocab_size) {
   check(window.size() >= 2, "sequence {}: found {} tokens, expected at least 2", number, window.size());
   for (const int32_t id : window) {
@@ -49,6 +41,12 @@ std::optional<double> window_loss(LogitSource& source, Window window, int64_t pi
 }
 
 }  // namespace
+
+int64_t piece_length(int64_t vocab_size) {
+  constexpr int64_t kPieceBytes = int64_t{64} << 20;
+  constexpr int64_t kMaxPiece = 512;
+  return std::clamp<int64_t>(kPieceBytes / (vocab_size * static_cast<int64_t>(sizeof(float))), 1, kMaxPiece);
+}
 
 double negative_log_likelihood(std::span<const float> logits, int32_t token) {
   // Four partial maxima and sums, so that the additions of neighbours do not wait for each other.

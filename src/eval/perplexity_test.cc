@@ -20,6 +20,8 @@ class CountingSource : public LogitSource {
 
   int64_t vocab_size() const override { return vocab_; }
   void start() override { starts += 1; }
+  void mark() override {}
+  void rewind() override {}
   std::vector<float> append(std::span<const int32_t> ids) override {
     largest_piece = std::max(largest_piece, ids.size());
     fed += static_cast<int64_t>(ids.size());

@@ -108,17 +108,13 @@ void Optimizer::adamw(const Group& group, double rate, double weight_decay) {
 }
 
 void Optimizer::muon(const Matrices& matrices, double rate) const {
-  const at::Tensor gradients = at::stack(matrices.gradients);
-  const at::Tensor momenta = at::stack(matrices.momenta).mul_(config_.momentum).add_(gradients);
-  const at::Tensor update = orthogonalize(gradients.add(momenta, config_.momentum));
+  at::_foreach_mul_(matrices.momenta, config_.momentum);
+  at::_foreach_add_(matrices.momenta, matrices.gradients);
+  const at::Tensor nesterov = at::stack(matrices.gradients).add_(at::stack(matrices.momenta), config_.momentum);
+  const at::Tensor update = orthogonalize(nesterov);
   const double larger = static_cast<double>(std::max(update.size(-2), update.size(-1)));
-  const double scale = rate * kMuonRms * std::sqrt(larger);
-  for (size_t i = 0; i < matrices.parameters.size(); ++i) {
-    const auto index = static_cast<int64_t>(i);
-    matrices.momenta[i].copy_(momenta[index]);
-    at::Tensor parameter = matrices.parameters[i];
-    parameter.mul_(1 - rate * config_.weight_decay).add_(update[index], -scale);
-  }
+  at::_foreach_mul_(matrices.parameters, 1 - rate * config_.weight_decay);
+  at::_foreach_add_(matrices.parameters, update.unbind(), -rate * kMuonRms * std::sqrt(larger));
 }
 
 std::vector<std::pair<std::string, at::Tensor>> Optimizer::state() const {

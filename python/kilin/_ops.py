@@ -108,9 +108,11 @@ torch.library.register_autograd("kilin::kda", _backward, setup_context=_setup_co
 def evenly_spaced(x):
     """x, copied only if its tokens [B, T, ...] are not evenly spaced rows, which is what the kernels read (on the GPU
     16 bytes at a time; beta, with three dimensions, is read by itself)."""
-    if x.is_cuda and x.dim() == 4 and (x.storage_offset() * x.element_size() % 16 or
-                                       x.stride(1) * x.element_size() % 16):
-        return x.clone(memory_format=torch.contiguous_format)
+    if x.is_cuda and x.dim() == 4:
+        if torch.compiler.is_compiling():  # where a tensor lies in its storage cannot be asked there
+            return x.contiguous()
+        if x.storage_offset() * x.element_size() % 16 or x.stride(1) * x.element_size() % 16:
+            return x.clone(memory_format=torch.contiguous_format)
     row = 1
     for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:])):
         if size != 1 and stride != row:

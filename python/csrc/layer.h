@@ -31,7 +31,8 @@ inline ConvShape conv_shape(const Tensor& u, const Tensor& weight, const Optiona
           "short_conv: the state must be [{}, {}, {}]", s.sequences, s.taps - 1, s.channels);
     check_plain("state", *state, s.sequences * (s.taps - 1) * s.channels, u.scalar_type(), u);
   }
-  check(s.tokens() <= INT32_MAX && s.sequences <= INT32_MAX, "short_conv: {} tokens are too many", s.tokens());
+  check(s.tokens() <= INT32_MAX && s.sequences <= INT32_MAX, "short_conv: {} tokens are too many",
+        s.tokens());
   return s;
 }
 
@@ -45,7 +46,8 @@ inline NormShape norm_shape(const Tensor& x, const OptionalTensor& z, const Opti
                             int64_t activation) {
   check(x.dim() == 3, "gated_rms_norm: x has {} dimensions, expected [tokens, heads, width]", x.dim());
   check(activation >= 0 && activation <= 2, "gated_rms_norm: activation is {}, expected 0 to 2", activation);
-  check(z.has_value() == (activation != 0), "gated_rms_norm: z is given without an activation, or not with one");
+  check(z.has_value() == (activation != 0),
+        "gated_rms_norm: z is given without an activation, or not with one");
   if (z) {
     check_sizes("z", *z, {x.size(0), x.size(1), x.size(2)});
     check_same_device("z", *z, x);

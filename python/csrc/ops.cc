@@ -69,8 +69,8 @@ std::vector<int32_t> sequence_bounds(const OptionalTensor& cu_seqlens, int64_t s
           "kda: cu_seqlens[{}] is {}, expected rising offsets up to {}", n, bound, tokens);
     bounds[n] = static_cast<int32_t>(bound);
   }
-  check(bounds.front() == 0 && bounds.back() == tokens,
-        "kda: cu_seqlens must go from 0 to {}, not {} to {}", tokens, bounds.front(), bounds.back());
+  check(bounds.front() == 0 && bounds.back() == tokens, "kda: cu_seqlens must go from 0 to {}, not {} to {}",
+        tokens, bounds.front(), bounds.back());
   return bounds;
 }
 

@@ -20,7 +20,8 @@ std::tuple<Tensor, Tensor> short_conv_cpu(const Tensor& u, const Tensor& weight,
   check_type("u", u, ScalarType::Float);
   check_type("weight", weight, ScalarType::Float);
   check(silu, "short_conv: the CPU kernel always applies SiLU");
-  const std::vector<int32_t> bounds = sequence_bounds(cu_seqlens, shape.sequences, shape.length, shape.tokens());
+  const std::vector<int32_t> bounds =
+      sequence_bounds(cu_seqlens, shape.sequences, shape.length, shape.tokens());
   const std::vector<int32_t> slots = slots_in_order(shape.sequences);
   Tensor state = zeros(u, {shape.sequences, shape.taps - 1, shape.channels}, ScalarType::Float);
   if (initial_state) torch::stable::copy_(state, *initial_state);

@@ -99,8 +99,9 @@ struct StateRows {
         t(lane & 3),
         column(scan.column + row),
         keep(arguments.chunk_states != nullptr),
-        out(static_cast<Element*>(arguments.out) + (scan.sequence.first + (lane >> 1)) * arguments.out_stride +
-            scan.head * arguments.value_dim + column + (lane & 1) * 8),
+        out(static_cast<Element*>(arguments.out) +
+            (scan.sequence.first + (lane >> 1)) * arguments.out_stride + scan.head * arguments.value_dim +
+            column + (lane & 1) * 8),
         out_step(kChunk * arguments.out_stride),
         tokens_left(scan.sequence.length - (lane >> 1)) {}
 
@@ -185,8 +186,8 @@ struct StateRows {
     return values + swizzled<16>((lane & 7) + 8 * (lane >> 4), 2 * part + ((lane >> 3) & 1));
   }
 
-  // out^T (16 rows x 16 tokens) through this warp's columns of the place of v, 32 bytes per token; then to the
-  // next chunk.
+  // out^T (16 rows x 16 tokens) through this warp's columns of the place of v, 32 bytes per token; then to
+  // the next chunk.
   __device__ __forceinline__ void store_out(const float (&x)[8], uint32_t values, int part) {
     stmatrix_trans(values_block(values, part), pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]),
                    pack<Element>(x[4], x[5]), pack<Element>(x[6], x[7]));

@@ -55,7 +55,7 @@ Tensor gated_rms_norm_cpu(const Tensor& x, const OptionalTensor& z, const Option
   check(x.is_contiguous() && (!z || z->is_contiguous()), "gated_rms_norm: x and z must be contiguous");
   check(!z || z->scalar_type() == ScalarType::Float, "gated_rms_norm: z must be float32 like x");
   const std::vector<float> ones(weight ? 0 : static_cast<size_t>(shape.width), 1.0f);
-  const Tensor y = empty(x, {shape.tokens, shape.heads, shape.width}, ScalarType::Float);
+  Tensor y = empty(x, {shape.tokens, shape.heads, shape.width}, ScalarType::Float);
   if (shape.tokens > 0) {
     gated_rms_norm(shape.tokens, shape.heads, shape.width, pointer<float>(x),
                    weight ? pointer<float>(*weight) : ones.data(), static_cast<float>(eps), pointer<float>(z),

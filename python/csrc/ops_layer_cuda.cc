@@ -93,7 +93,7 @@ Tensor short_conv_update_gpu(const Tensor& u, const Tensor& weight, const Tensor
   check_type("pool", pool, u.scalar_type());
   check_plain("slots", slots, u.size(0), ScalarType::Int, u);
   const DeviceGuard guard(u.get_device());
-  const Tensor y = empty(u, {u.size(0), u.size(1)}, u.scalar_type());
+  Tensor y = empty(u, {u.size(0), u.size(1)}, u.scalar_type());
   const ConvShape shape{1, u.size(0), u.size(1), weight.size(1), u.size(0)};
   ShortConvCudaParams p;
   p.channels = shape.channels;
@@ -145,7 +145,7 @@ Tensor gated_rms_norm_gpu(const Tensor& x, const OptionalTensor& z, const Option
                           int64_t activation) {
   const NormShape shape = norm_shape(x, z, weight, activation);
   const DeviceGuard guard(x.get_device());
-  const Tensor y = empty(x, {shape.tokens, shape.heads, shape.width}, x.scalar_type());
+  Tensor y = empty(x, {shape.tokens, shape.heads, shape.width}, x.scalar_type());
   if (shape.tokens > 0)
     gated_rms_norm_cuda(norm_params(x, z, weight, eps, shape, y), current_stream(x.get_device()));
   return y;

@@ -3,7 +3,7 @@
 """Accuracy and speed of KDA on a GPU: Kilin beside FLA (Triton) and FlashKDA.
 
     python3 bench/kda_gpu.py --fla DIR --flash-kda DIR [--quick] [--only check,fwd,varlen,bwd,decode] [--backward]
-                             [--impl kilin,fla] [--budget SECONDS] [--json FILE] [--triton-cache FILE.tgz]
+                             [--impl kilin,fla] [--repeats N] [--budget SECONDS] [--json FILE] [--triton-cache FILE.tgz]
 
 Accuracy: against the float64 recurrence (kda_gpu_reference.py), RMS of the difference over RMS of the result, and
 the largest difference. bf16 outputs alone cost about 0.0017.
@@ -39,6 +39,7 @@ def parse():
     parser.add_argument("--backward", action="store_true", help="forward and backward too")
     parser.add_argument("--cases", default="0/1", help="K/N: every Nth accuracy case from K, to run N processes")
     parser.add_argument("--quick", action="store_true", help="few shapes, few repeats")
+    parser.add_argument("--repeats", type=int, help="of a measurement; 30, with --quick 10")
     parser.add_argument("--budget", type=float, default=1e9, help="start no new row after so many seconds")
     parser.add_argument("--json", help="write all figures there, one JSON object per line")
     parser.add_argument("--triton-cache", help="write FLA's tuning results and kernels there")
@@ -289,7 +290,7 @@ def main():
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s, "
           f"{', '.join(i.name for i in implementations)}")
     report.row(row="machine", device=torch.cuda.get_device_name(), torch=torch.__version__, bandwidth=bandwidth)
-    repeats = 10 if arguments.quick else 30
+    repeats = arguments.repeats or (10 if arguments.quick else 30)
     if "check" in only:
         check(report, implementations, arguments.cases)
     if only == ["check"]:

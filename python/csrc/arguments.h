@@ -91,6 +91,15 @@ inline void check_plain(const char* name, const Tensor& tensor, int64_t count, S
   check_same_device(name, tensor, q);
 }
 
+// What can be seen of cu_seqlens without reading it.
+inline void check_bounds(const Tensor& cu_seqlens, const Tensor& q) {
+  const ScalarType type = cu_seqlens.scalar_type();
+  check(type == ScalarType::Long || type == ScalarType::Int, "kda: cu_seqlens must be int32 or int64");
+  check(cu_seqlens.dim() == 1 && cu_seqlens.numel() >= 1, "kda: cu_seqlens must have N + 1 elements");
+  check(cu_seqlens.is_contiguous(), "kda: cu_seqlens must be contiguous");
+  check_same_device("cu_seqlens", cu_seqlens, q);
+}
+
 inline Shape shape_of(const Inputs& in) {
   check(in.q.dim() == 4, "kda: q has {} dimensions, expected [B, T, H, K]", in.q.dim());
   check(in.v.dim() == 4, "kda: v has {} dimensions, expected [B, T, HV, V]", in.v.dim());
@@ -112,13 +121,8 @@ inline Shape shape_of(const Inputs& in) {
   if (in.a_log) check_plain("a_log", *in.a_log, s.value_heads, ScalarType::Float, in.q);
   if (in.dt_bias) check_plain("dt_bias", *in.dt_bias, s.value_heads * s.key_dim, ScalarType::Float, in.q);
   if (in.cu_seqlens) {
-    const ScalarType type = in.cu_seqlens->scalar_type();
-    check(type == ScalarType::Long || type == ScalarType::Int, "kda: cu_seqlens must be int32 or int64");
     check(s.batch == 1, "kda: the batch size is {}, expected 1 with cu_seqlens", s.batch);
-    check(in.cu_seqlens->dim() == 1 && in.cu_seqlens->numel() >= 1,
-          "kda: cu_seqlens must have N + 1 elements");
-    check(in.cu_seqlens->is_contiguous(), "kda: cu_seqlens must be contiguous");
-    check_same_device("cu_seqlens", *in.cu_seqlens, in.q);
+    check_bounds(*in.cu_seqlens, in.q);
     s.sequences = in.cu_seqlens->numel() - 1;
   }
   check(s.tokens() <= INT32_MAX && s.sequences <= INT32_MAX, "kda: {} tokens are too many", s.tokens());

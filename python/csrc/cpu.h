@@ -14,7 +14,11 @@ namespace kilin::torch_ops {
 ThreadPool& thread_pool();
 
 // [N + 1] token offsets, checked: from 0 to T, rising.
-std::vector<int32_t> sequence_bounds(const Inputs& in, const Shape& shape);
+std::vector<int32_t> sequence_bounds(const OptionalTensor& cu_seqlens, int64_t sequences, int64_t length,
+                                     int64_t tokens);
+inline std::vector<int32_t> sequence_bounds(const Inputs& in, const Shape& shape) {
+  return sequence_bounds(in.cu_seqlens, shape.sequences, shape.length, shape.tokens());
+}
 
 // 0, 1, ... count - 1
 std::vector<int32_t> slots_in_order(int64_t count);

@@ -55,21 +55,22 @@ Threads& threads() {
 
 ThreadPool& thread_pool() { return threads().pool(); }
 
-std::vector<int32_t> sequence_bounds(const Inputs& in, const Shape& shape) {
-  std::vector<int32_t> bounds(static_cast<size_t>(shape.sequences) + 1);
+std::vector<int32_t> sequence_bounds(const OptionalTensor& cu_seqlens, int64_t sequences, int64_t length,
+                                     int64_t tokens) {
+  std::vector<int32_t> bounds(static_cast<size_t>(sequences) + 1);
   for (size_t n = 0; n < bounds.size(); ++n) {
-    if (!in.cu_seqlens) {
-      bounds[n] = static_cast<int32_t>(static_cast<int64_t>(n) * shape.length);
+    if (!cu_seqlens) {
+      bounds[n] = static_cast<int32_t>(static_cast<int64_t>(n) * length);
       continue;
     }
-    const bool wide = in.cu_seqlens->scalar_type() == ScalarType::Long;
-    const int64_t bound = wide ? pointer<int64_t>(*in.cu_seqlens)[n] : pointer<int32_t>(*in.cu_seqlens)[n];
-    check(bound >= (n == 0 ? 0 : bounds[n - 1]) && bound <= shape.tokens(),
-          "kda: cu_seqlens[{}] is {}, expected rising offsets up to {}", n, bound, shape.tokens());
+    const bool wide = cu_seqlens->scalar_type() == ScalarType::Long;
+    const int64_t bound = wide ? pointer<int64_t>(*cu_seqlens)[n] : pointer<int32_t>(*cu_seqlens)[n];
+    check(bound >= (n == 0 ? 0 : bounds[n - 1]) && bound <= tokens,
+          "kda: cu_seqlens[{}] is {}, expected rising offsets up to {}", n, bound, tokens);
     bounds[n] = static_cast<int32_t>(bound);
   }
-  check(bounds.front() == 0 && bounds.back() == shape.tokens(),
-        "kda: cu_seqlens must go from 0 to {}, not {} to {}", shape.tokens(), bounds.front(), bounds.back());
+  check(bounds.front() == 0 && bounds.back() == tokens, "kda: cu_seqlens must go from 0 to {}, not {} to {}",
+        tokens, bounds.front(), bounds.back());
   return bounds;
 }
 

@@ -2,109 +2,14 @@
 // The operators on NVIDIA GPUs: kda_chunk_cuda and kda_decode_cuda on torch's current stream, with workspace
 // from torch's caching allocator. Nothing here synchronises, so the operators may be captured in a CUDA
 // graph.
-#include <dlfcn.h>
-
 #include <tuple>
 
-#include "arguments.h"
+#include "cuda.h"
 #include "kernels/kda/kda_cuda.h"
 #include "kernels/kda/kda_decode_cuda.h"
 
 namespace kilin::torch_ops {
 namespace {
-
-// Functions of libtorch_cuda, looked up in the library that torch has already loaded: linked to, they would
-// keep this library from loading beside a torch without CUDA, and from being built there.
-void* torch_cuda_function(const char* name) {
-  static void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-  check(library != nullptr, "kda: this torch has no CUDA");
-  void* const function = dlsym(library, name);
-  check(function != nullptr, "kda: this torch does not have {}", name);
-  return function;
-}
-
-void check_torch(int32_t error, const char* name) { check(error == 0, "kda: {} failed", name); }
-
-CUstream_st* current_stream(int32_t device) {
-  using Function = int32_t (*)(int32_t, void**);
-  static const auto get =
-      reinterpret_cast<Function>(torch_cuda_function("aoti_torch_get_current_cuda_stream"));
-  void* stream = nullptr;
-  check_torch(get(device, &stream), "aoti_torch_get_current_cuda_stream");
-  return static_cast<CUstream_st*>(stream);
-}
-
-// Makes a device the current one while it lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int32_t device) {
-    static const auto create = reinterpret_cast<Create>(torch_cuda_function("aoti_torch_create_cuda_guard"));
-    static const auto destroy =
-        reinterpret_cast<Destroy>(torch_cuda_function("aoti_torch_delete_cuda_guard"));
-    destroy_ = destroy;
-    check_torch(create(device, &guard_), "aoti_torch_create_cuda_guard");
-  }
-  ~DeviceGuard() { destroy_(guard_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  using Create = int32_t (*)(int32_t, void**);
-  using Destroy = int32_t (*)(void*);
-  void* guard_ = nullptr;
-  Destroy destroy_ = nullptr;
-};
-
-CudaType cuda_type(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return CudaType::kF32;
-    case ScalarType::Half:
-      return CudaType::kF16;
-    case ScalarType::BFloat16:
-      return CudaType::kBf16;
-    default:
-      fail("kda: {} is {}, expected float32, float16 or bfloat16", name,
-           torch::headeronly::toString(tensor.scalar_type()));
-  }
-}
-
-// What both kernels' parameters have in common.
-template <class Params>
-Params cuda_params(const Inputs& in, const Shape& shape, const Tensor& out) {
-  check_type("k", in.k, in.q.scalar_type());
-  check_type("v", in.v, in.q.scalar_type());
-  check(in.q.scalar_type() != ScalarType::Float,
-        "kda: q is float32, but the CUDA kernels take bfloat16 and float16");
-  Params p;
-  p.heads = static_cast<int>(shape.heads);
-  p.value_heads = static_cast<int>(shape.value_heads);
-  p.key_dim = static_cast<int>(shape.key_dim);
-  p.value_dim = static_cast<int>(shape.value_dim);
-  p.sequences = static_cast<int>(shape.sequences);
-  p.tokens = shape.tokens();
-  p.cu_seqlens = pointer<void>(in.cu_seqlens);
-  p.wide_seqlens = in.cu_seqlens && in.cu_seqlens->scalar_type() == ScalarType::Long;
-  p.type = cuda_type("q", in.q);
-  p.q = {in.q.data_ptr(), token_stride("q", in.q)};
-  p.k = {in.k.data_ptr(), token_stride("k", in.k)};
-  p.v = {in.v.data_ptr(), token_stride("v", in.v)};
-  p.gate = {in.gate.data_ptr(), token_stride("gate", in.gate)};
-  p.gate_type = cuda_type("gate", in.gate);
-  p.beta = {in.beta.data_ptr(), token_stride("beta", in.beta)};
-  p.beta_type = cuda_type("beta", in.beta);
-  p.gate_kind = gate_kind(in.options);
-  p.lower_bound = static_cast<float>(in.options.lower_bound);
-  p.a_log = pointer<float>(in.a_log);
-  p.dt_bias = pointer<float>(in.dt_bias);
-  p.l2norm = in.options.l2norm;
-  p.beta_is_logit = in.options.beta_is_logit;
-  p.beta_scale = static_cast<float>(in.options.beta_scale);
-  p.scale = static_cast<float>(in.options.scale);
-  p.out = out.data_ptr();
-  p.out_stride = shape.value_row();
-  return p;
-}
 
 constexpr int64_t kChunkForm = 1;
 constexpr int64_t kRecurrentForm = 2;

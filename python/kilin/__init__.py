@@ -3,6 +3,7 @@
 
     kilin.kda          our own signature
     kilin.fla          the functions of flash-linear-attention (fla.ops.kda) with their signatures
+    kilin.layer        short convolution and gated RMSNorm around KDA
     kilin.vllm         the functions that vLLM's KDA layers call
 """
 from ._library import built_with_cuda

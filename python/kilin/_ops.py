@@ -46,6 +46,18 @@ def _(q, k, v, gate, beta, a_log, dt_bias, initial_state, *rest):
     return tuple(like(t) for t in (q, k, v, gate, beta, a_log, dt_bias, initial_state))
 
 
+def padded(size):
+    """The head dimension that the CUDA kernels compute with: 64 or 128."""
+    if size > 128:
+        raise NotImplementedError(f"kilin: the CUDA kernels have head dimensions up to 128, got {size}")
+    return 64 if size <= 64 else 128
+
+
+def pad(x, size):
+    """x with zeros behind its last dimension up to size."""
+    return x if x is None or x.shape[-1] == size else torch.nn.functional.pad(x, (0, size - x.shape[-1]))
+
+
 def _setup_context(ctx, inputs, output):
     tensors, ctx.options = inputs[:9], inputs[9:15]
     ctx.save_for_backward(*tensors)
@@ -54,19 +66,40 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, d_out, d_state, d_chunk_states):
     tensors = ctx.saved_tensors
-    if tensors[0].is_cuda:
-        raise NotImplementedError("kilin: the gradients of KDA are not there yet on CUDA, only on the CPU")
     # A gradient that nothing asked for arrives as zeros of the output's shape; chunk states have none.
     if ctx.chunk_states:
         raise NotImplementedError("kilin: the chunk states are for inference; they have no gradient")
-    q, k, v, gate, beta, a_log, dt_bias, initial_state, cu_seqlens = tensors
+    v = tensors[2]
     d_state = d_state.contiguous() if ctx.want_state and d_state is not None else None
     if d_out is None:
         d_out = torch.zeros_like(v)
-    grads = kda_backward_op(*tensors, *ctx.options, d_out.contiguous(), d_state)
+    run = _backward_padded if v.is_cuda and tensors[0].shape[-1] != v.shape[-1] else kda_backward_op
+    grads = run(*tensors, *ctx.options, d_out.contiguous(), d_state)
     grads = [None if t is None or not needed else g
              for g, t, needed in zip(grads, tensors[:8], ctx.needs_input_grad)]
     return (*grads, *([None] * 10))
+
+
+def _backward_padded(q, k, v, gate, beta, a_log, dt_bias, initial_state, cu_seqlens, *rest):
+    """kda_backward on CUDA where K is not V: both of the larger size, with zeros behind. Zeros in q and k leave their
+    norms and all products as they are; channels added to v stay by themselves."""
+    *options, d_out, d_state = rest
+    key_dim, value_dim = q.shape[-1], v.shape[-1]
+    size = max(padded(key_dim), padded(value_dim))
+
+    def states(x):
+        return None if x is None else torch.nn.functional.pad(x, (0, size - key_dim, 0, size - value_dim))
+
+    if dt_bias is not None:
+        dt_bias = pad(dt_bias.view(v.shape[2], key_dim), size).reshape(-1)
+    dq, dk, dv, dgate, dbeta, da_log, ddt_bias, dstate = kda_backward_op(
+        pad(q, size), pad(k, size), pad(v, size), pad(gate, size), beta, a_log, dt_bias, states(initial_state),
+        cu_seqlens, *options, pad(d_out, size), states(d_state))
+    if dt_bias is not None:
+        ddt_bias = ddt_bias.view(v.shape[2], size)[:, :key_dim].reshape(-1)
+    if initial_state is not None:
+        dstate = dstate[..., :value_dim, :key_dim]
+    return dq[..., :key_dim], dk[..., :key_dim], dv[..., :value_dim], dgate[..., :key_dim], dbeta, da_log, ddt_bias, dstate
 
 
 torch.library.register_autograd("kilin::kda", _backward, setup_context=_setup_context)
@@ -75,9 +108,11 @@ torch.library.register_autograd("kilin::kda", _backward, setup_context=_setup_co
 def evenly_spaced(x):
     """x, copied only if its tokens [B, T, ...] are not evenly spaced rows, which is what the kernels read (on the GPU
     16 bytes at a time; beta, with three dimensions, is read by itself)."""
-    if x.is_cuda and x.dim() == 4 and (x.storage_offset() * x.element_size() % 16 or
-                                       x.stride(1) * x.element_size() % 16):
-        return x.clone(memory_format=torch.contiguous_format)
+    if x.is_cuda and x.dim() == 4:
+        if torch.compiler.is_compiling():  # where a tensor lies in its storage cannot be asked there
+            return x.contiguous()
+        if x.storage_offset() * x.element_size() % 16 or x.stride(1) * x.element_size() % 16:
+            return x.clone(memory_format=torch.contiguous_format)
     row = 1
     for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:])):
         if size != 1 and stride != row:
@@ -125,7 +160,7 @@ def kda(q, k, v, gate, beta, *, a_log=None, dt_bias=None, scale=None, initial_st
 
     gate_kind SOFTPLUS: g = -e^a_log softplus(gate + dt_bias); BOUNDED: g = lower_bound sigmoid(e^a_log (gate +
     dt_bias)); NONE: g = gate, the logarithm of the decay. l2norm: q and k are normalised first. beta_is_logit:
-    beta = beta_scale sigmoid(beta). chunk_states: number of 64-token chunks of all sequences together, to get the
+    beta = beta_scale sigmoid(beta), else beta_scale beta. chunk_states: number of 64-token chunks of all sequences together, to get the
     state before each. scale of q, 1 / sqrt(K) without it. out has q's dtype; on the CPU all sums are float32."""
     dtype = q.dtype
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -72,17 +72,6 @@ def _gate(use_gate_in_kernel, A_log, lower_bound):
     return _ops.SOFTPLUS
 
 
-def _padded(size):
-    """The head dimension that the CUDA kernels compute with: 64 or 128."""
-    if size > 128:
-        raise NotImplementedError(f"kilin: the CUDA kernels have head dimensions up to 128, got {size}")
-    return 64 if size <= 64 else 128
-
-
-def _pad(x, size):
-    return x if x is None or x.shape[-1] == size else torch.nn.functional.pad(x, (0, size - x.shape[-1]))
-
-
 def _run(q, k, v, g, beta, *, A_log, dt_bias, scale, initial_state, cu_seqlens, state_v_first, use_gate_in_kernel,
          lower_bound, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, form, want_state,
          chunk_states=0):
@@ -91,12 +80,12 @@ def _run(q, k, v, g, beta, *, A_log, dt_bias, scale, initial_state, cu_seqlens, 
     scale = key_dim ** -0.5 if scale is None else scale
     if initial_state is not None and not state_v_first:
         initial_state = initial_state.transpose(-1, -2)
-    if q.is_cuda and (_padded(key_dim), _padded(value_dim)) != (key_dim, value_dim):
+    if q.is_cuda and (_ops.padded(key_dim), _ops.padded(value_dim)) != (key_dim, value_dim):
         # Zeros in q and k leave their norms and all products as they are; channels added to v stay by themselves.
-        keys, values = _padded(key_dim), _padded(value_dim)
-        q, k, g, v = _pad(q, keys), _pad(k, keys), _pad(g, keys), _pad(v, values)
+        keys, values = _ops.padded(key_dim), _ops.padded(value_dim)
+        q, k, g, v = _ops.pad(q, keys), _ops.pad(k, keys), _ops.pad(g, keys), _ops.pad(v, values)
         if dt_bias is not None:
-            dt_bias = _pad(dt_bias.reshape(v.shape[2], key_dim), keys)
+            dt_bias = _ops.pad(dt_bias.reshape(v.shape[2], key_dim), keys)
         if initial_state is not None:
             initial_state = torch.nn.functional.pad(
                 initial_state, (0, keys - key_dim, 0, values - value_dim))

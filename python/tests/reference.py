@@ -19,7 +19,8 @@ def kda(q, k, v, gate, beta, *, a_log=None, dt_bias=None, scale=None, initial_st
         rate = rate[:, None]
         gate = lower_bound * torch.sigmoid(rate * x) if gate_kind == "bounded" else -rate * torch.log1p(x.exp())
     if beta_is_logit:
-        beta = beta_scale * torch.sigmoid(beta)
+        beta = torch.sigmoid(beta)
+    beta = beta_scale * beta
     repeat = value_heads // q.shape[2]
     q, k = (x.repeat_interleave(repeat, 2) for x in (q, k))
     if cu_seqlens is None:

@@ -45,7 +45,7 @@ __device__ __forceinline__ void scan_chunk(StateRows<Element, K>& state, int c, 
   wgmma_wait<0>();
 #pragma unroll
   for (int i = 0; i < 8; ++i) y[i] += x[8 + i];
-  state.store_out(y, values, part, c);
+  state.store_out(y, values, part);
   __syncwarp();
   if (state.lane == 0) barrier_arrive(full + 8);
 }

@@ -78,7 +78,7 @@ struct ScanWarp {
     mma<Element>(out[1], written, p[2], p[3]);
     const float both[8] = {out[0][0], out[0][1], out[0][2], out[0][3],
                            out[1][0], out[1][1], out[1][2], out[1][3]};
-    state.store_out(both, values, warp & 3, c);
+    state.store_out(both, values, warp & 3);
     __syncwarp();
     if (lane == 0) barrier_arrive(full + 8);
   }

@@ -84,7 +84,11 @@ struct StateRows {
   const KdaArgs& args;
   const ScanWork& work;
   int lane, g, t;
-  int column;  // first row of S
+  int column;           // first row of S
+  bool keep;            // states before chunks
+  Element* out;         // where this lane stores out of the chunk: 16 bytes of token lane / 2
+  int64_t out_step;     // elements from one chunk to the next
+  int64_t tokens_left;  // from the lane's token of the chunk to the end of the sequence
   float s[K / 2];
 
   __device__ __forceinline__ StateRows(const KdaArgs& arguments, const ScanWork& scan, int row)
@@ -93,7 +97,13 @@ struct StateRows {
         lane(threadIdx.x & 31),
         g(lane >> 2),
         t(lane & 3),
-        column(scan.column + row) {}
+        column(scan.column + row),
+        keep(arguments.chunk_states != nullptr),
+        out(static_cast<Element*>(arguments.out) +
+            (scan.sequence.first + (lane >> 1)) * arguments.out_stride + scan.head * arguments.value_dim +
+            column + (lane & 1) * 8),
+        out_step(kChunk * arguments.out_stride),
+        tokens_left(scan.sequence.length - (lane >> 1)) {}
 
   // Place of row g + 8 half, columns 8 n + 2t of the state of a slot.
   __device__ __forceinline__ int64_t index(int64_t slot, int64_t stride, int half, int n) const {
@@ -143,7 +153,7 @@ struct StateRows {
 
   __device__ __forceinline__ void store_chunk_state(int c) const {
     constexpr int kEvery = kKdaCudaChunk / kChunk;
-    if (args.chunk_states != nullptr && c % kEvery == 0) {
+    if (keep && c % kEvery == 0) {
       store(args.chunk_states, args.chunk_state_type, work.state_chunk + c / kEvery,
             static_cast<int64_t>(args.value_heads) * args.value_dim * K);
     }
@@ -176,23 +186,24 @@ struct StateRows {
     return values + swizzled<16>((lane & 7) + 8 * (lane >> 4), 2 * part + ((lane >> 3) & 1));
   }
 
-  // out^T (16 rows x 16 tokens) through this warp's columns of the place of v, 32 bytes per token.
-  __device__ __forceinline__ void store_out(const float (&x)[8], uint32_t values, int part, int c) const {
+  // out^T (16 rows x 16 tokens) through this warp's columns of the place of v, 32 bytes per token; then to
+  // the next chunk.
+  __device__ __forceinline__ void store_out(const float (&x)[8], uint32_t values, int part) {
     stmatrix_trans(values_block(values, part), pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]),
                    pack<Element>(x[4], x[5]), pack<Element>(x[6], x[7]));
     __syncwarp();
-    const int token = lane >> 1, piece = lane & 1;
     uint4 row;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(row.x), "=r"(row.y), "=r"(row.z), "=r"(row.w)
-                 : "r"(values + swizzled<16>(token, 2 * part + piece))
+                 : "r"(values + swizzled<16>(lane >> 1, 2 * part + (lane & 1)))
                  : "memory");
-    const int64_t at = static_cast<int64_t>(c) * kChunk + token;
-    if (at < work.sequence.length) {
-      *reinterpret_cast<uint4*>(static_cast<Element*>(args.out) +
-                                (work.sequence.first + at) * args.out_stride + work.head * args.value_dim +
-                                column + piece * 8) = row;
+    if (tokens_left > 0) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(out), "r"(row.x), "r"(row.y), "r"(row.z),
+                   "r"(row.w)
+                   : "memory");
     }
+    out += out_step;
+    tokens_left -= kChunk;
   }
 };
 

@@ -338,6 +338,7 @@ decay = 0
         chat = self.chat_file()
         config = self.config_of(f'kind = "chat"\ntrain = "{chat}"\nvalid = "{chat}"',
                                 '[lora]\ntargets = ["q_proj", "v_proj", "o_proj"]\nrank = 4\nmerge = true')
+        config.write_text(config.read_text().replace("lr = 1e-3", "lr = 1e-2"))
         result = self.train("whole", config=config)
         losses = self.log("whole")
         self.assertLess(losses[6], losses[1])
@@ -350,8 +351,12 @@ decay = 0
                                ("adapter_model.safetensors", "optimizer.safetensors", "adapter_config.json"))
         self.assertFalse((self.checkpoint("whole", 6) / "model.safetensors").exists())
         self.assertEqual(json.loads((self.checkpoint("whole", 6) / "adapter_config.json").read_text())["r"], 4)
-        merged = kilin("run", self.dir / "whole/merged", "--prompt", "The", "-n", "3")
-        self.assertEqual(merged.returncode, 0, merged.stderr)
+        prompt = "<|im_user|>user<|im_middle|>What is a page?<|im_end|><|im_assistant|>assistant<|im_middle|>"
+        arguments = ("--prompt", prompt, "-n", "6")
+        merged = self.run_json("run", self.dir / "whole/merged", *arguments)
+        adapted = self.run_json("run", DOCS, "--lora", self.checkpoint("whole", 6), *arguments)
+        self.assertEqual(merged["ids"], adapted["ids"])
+        self.assertNotEqual(merged["ids"], self.run_json("run", DOCS, *arguments)["ids"])
         self.assertEqual(result["steps"], 6)
 
     def test_unknown_lora_target(self):

@@ -230,6 +230,20 @@ class Parallel(TrainCase):
             worst = max(abs(a - b) for a, b in zip(values, second[name]))
             self.assertLess(worst, 2e-3, name)  # AdamW turns rounding of tiny gradients into steps of lr
 
+    def test_a_lost_process_ends_the_others(self):
+        port = str(free_port())
+        sets = ("run.steps=100000", "run.save_every=0", "schedule.warmup=0", "schedule.decay=0")
+        processes = [self.start("lost", *sets, flags=("--progress",),
+                                env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+                                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in (0, 1)]
+        while b"step 3 " not in processes[0].stderr.readline():
+            self.assertIsNone(processes[0].poll())
+        processes[1].kill()
+        _, errors = processes[0].communicate(timeout=60)
+        self.assertEqual(processes[0].returncode, 1, errors)
+        last = errors.decode(errors="replace").splitlines()[-1]
+        self.assertTrue(last.startswith("kilin: error: a process of the run is gone"), last)
+
     def test_environment_is_checked(self):
         for env, word in (({"WORLD_SIZE": "two"}, "WORLD_SIZE"), ({"WORLD_SIZE": "2"}, "RANK"),
                           ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK"), ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR"),

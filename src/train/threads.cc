@@ -2,7 +2,6 @@
 #include "train/threads.h"
 
 #include <ATen/Parallel.h>
-#include <malloc.h>
 
 #include <memory>
 #include <mutex>
@@ -16,12 +15,6 @@ ThreadPool& threads() {
   if (pool == nullptr || pool->size() != at::get_num_threads())
     pool = std::make_unique<ThreadPool>(at::get_num_threads());
   return *pool;
-}
-
-void keep_freed_memory() {
-  ::mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the most that glibc takes
-  ::mallopt(M_TRIM_THRESHOLD, 1 << 30);
-  ::mallopt(M_TOP_PAD, 64 << 20);
 }
 
 }  // namespace kilin::train

@@ -42,7 +42,7 @@ SOURCE_QUESTION = "Which collection is this text from?"
 FIELDS = [("title", re.compile(r"^title: (.+)$", re.M)),
           ("maintainer", re.compile(r"^maintainers:\n\s+- (.+?) <", re.M)),
           ("licence", re.compile(r"SPDX-License-Identifier: \(?([^)\n]+?)\)?$", re.M))]
-FIELD_HEAD = 420
+FIELD_HEAD = 420  # characters of a binding: licence, title and maintainers are in them
 LICENCES = """The text is from Debian 12 packages, as tests/data/reference/corpus/README.md lists them with versions:
 man: manpages, manpages-dev (Linux-man-pages-copyleft, BSD, GPL-2+, Expat); bible: bible-kjv-text (expired);
 postgresql: postgresql-doc-15 (PostgreSQL licence); sqlite: sqlite3-doc (public domain); vim: vim-doc (Vim licence,
@@ -75,8 +75,8 @@ def passages_of(document):
     return [p.strip("\n") for p in [*pieces, piece] if len(p.strip()) >= LEAST]
 
 
-def record(question, text, answer):
-    return {"messages": [{"role": "user", "content": f"{question}\n\n{text}"}, {"role": "assistant", "content": answer}]}
+def record(text, question, answer):
+    return {"messages": [{"role": "user", "content": f"{text}\n\n{question}"}, {"role": "assistant", "content": answer}]}
 
 
 def split(documents, generator):
@@ -104,7 +104,7 @@ def source_task(by_collection, passages, generator):
         for side, part in split(documents, generator).items():
             count = passages if side == "train" else max(1, passages // 3)
             texts = spread([passages_of(document) for document in part], count, generator)
-            sides[side] += [record(SOURCE_QUESTION, text, name) for text in texts]
+            sides[side] += [record(text, SOURCE_QUESTION, name) for text in texts]
     return sides
 
 
@@ -117,7 +117,7 @@ def field_task(bindings, generator):
                 found = pattern.search(head)
                 if found:
                     answer = found[1].strip().strip("'\"")
-                    sides[side].append(record(f"What is the {name} of this device tree binding?", head, answer))
+                    sides[side].append(record(head, f"What is the {name} of this device tree binding?", answer))
     return sides
 
 

@@ -29,7 +29,7 @@ void add_report_options(CLI::App& app, ReportOptions& options);
 
 // Runs `work`, which hears a callback for its progress and returns how much it did, under a progress line and
 // Ctrl-C. Then prints `report` as JSON with the seconds it took, or `text`. Returns the exit code.
-struct TaskReport {
+struct TaskReport {  // NOLINT(bugprone-exception-escape): ordered_json declares its move so
   int64_t done = 0;
   nlohmann::ordered_json json;
   std::string text;

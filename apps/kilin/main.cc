@@ -83,9 +83,10 @@ int run(int argc, const char* const* argv) {
   if (!first.starts_with('-') && known.empty()) {
     return report_usage(
         app,
-        fmt::format("found command '{}', expected run, chat, info, eval, bench, convert, quantize, merge, train, "
-                    "tokenize or plot",
-                    first));
+        fmt::format(
+            "found command '{}', expected run, chat, info, eval, bench, convert, quantize, merge, train, "
+            "tokenize or plot",
+            first));
   }
   try {
     app.parse(argc, argv);

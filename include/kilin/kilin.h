@@ -46,7 +46,7 @@ struct ModelOptions {
       true;  // stop with an error when logits are NaN or infinite, naming the weights to blame
   bool require_tokenizer = true;  // false: token ids only (encode, decode and chat_prompt throw)
   // Added to the weights at load, in this order. Matrices that one changes are computed with as float32.
-  std::vector<LoraSource> lora;
+  std::vector<LoraSource> lora = {};  // designated initialisers may leave it out without a warning
 };
 
 struct ModelInfo {

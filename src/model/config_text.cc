@@ -83,8 +83,8 @@ std::string config_text(const Config& c, const std::string& dtype) {
   json["mla_use_nope"] = !c.mla.use_rope;
   json["rope_theta"] = c.mla.rope_theta;
   add_experts(c, json);
-  // null, not left out: transformers' class has the ids of the 48B model as defaults, and refuses to load a model
-  // whose vocabulary they are not in.
+  // null, not left out: transformers' class has the ids of the 48B model as defaults, and refuses to load a
+  // model whose vocabulary they are not in.
   json["bos_token_id"] = json["eos_token_id"] = json["pad_token_id"] = nullptr;
   if (c.bos_id) json["bos_token_id"] = *c.bos_id;
   if (c.eos_ids.size() == 1) json["eos_token_id"] = c.eos_ids.front();

@@ -43,7 +43,7 @@ void copy_file(const std::string& from, const std::string& to) {
   file.commit();
 }
 
-void fill(const io::SafetensorsFile& file, const std::string& name, at::Tensor tensor) {
+void fill(const io::SafetensorsFile& file, const std::string& name, const at::Tensor& tensor) {
   const TensorView& view = file.get(name);
   const Dtype expected = tensor.scalar_type() == at::kDouble ? Dtype::kF64 : Dtype::kF32;
   check(view.dtype == expected && view.shape == Shape(tensor.sizes().vec()),

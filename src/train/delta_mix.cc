@@ -2,16 +2,13 @@
 #include "train/delta_mix.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
-#include <mutex>
 #include <numeric>
 
-#include "base/error.h"
-#include "base/thread_pool.h"
 #include "kernels/kda/kda_backward.h"
+#include "train/threads.h"
 
 namespace kilin::train {
 namespace {
@@ -65,16 +62,6 @@ struct Kept {
   std::vector<int32_t> cu;
 };
 
-// As many threads as torch uses.
-ThreadPool& pool() {
-  static std::mutex mutex;
-  static std::unique_ptr<ThreadPool> threads;
-  const std::lock_guard lock(mutex);
-  if (threads == nullptr || threads->size() != at::get_num_threads())
-    threads = std::make_unique<ThreadPool>(at::get_num_threads());
-  return *threads;
-}
-
 std::vector<int32_t> slots_of(const std::vector<int32_t>& cu) {
   std::vector<int32_t> slots(cu.size() - 1);
   std::iota(slots.begin(), slots.end(), 0);
@@ -122,7 +109,7 @@ struct DeltaMixCpu : torch::autograd::Function<DeltaMixCpu> {
     p.slot_stride = states.stride(0);
     p.out = out.data_ptr<float>();
     p.out_stride = out.size(1);
-    kda_forward(p, pool());
+    kda_forward(p, threads());
     return out;
   }
 
@@ -150,7 +137,7 @@ struct DeltaMixCpu : torch::autograd::Function<DeltaMixCpu> {
     p.d_beta_stride = d[4].size(1);
     p.d_a_log = d[5].data_ptr<float>();
     p.d_dt_bias = d[6].data_ptr<float>();
-    kda_backward(p, pool());
+    kda_backward(p, threads());
     return {at::Tensor(), at::Tensor(), d[0], d[1], d[2], d[3], d[4], d[5], d[6]};
   }
 };

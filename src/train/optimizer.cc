@@ -110,7 +110,8 @@ void Optimizer::adamw(const Group& group, double rate, double weight_decay) {
 void Optimizer::muon(const Matrices& matrices, double rate) const {
   at::_foreach_mul_(matrices.momenta, config_.momentum);
   at::_foreach_add_(matrices.momenta, matrices.gradients);
-  const at::Tensor nesterov = at::stack(matrices.gradients).add_(at::stack(matrices.momenta), config_.momentum);
+  const at::Tensor nesterov =
+      at::stack(matrices.gradients).add_(at::stack(matrices.momenta), config_.momentum);
   const at::Tensor update = orthogonalize(nesterov);
   const double larger = static_cast<double>(std::max(update.size(-2), update.size(-1)));
   at::_foreach_mul_(matrices.parameters, 1 - rate * config_.weight_decay);

@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "base/error.h"
+#include "base/random.h"
 
 namespace kilin::train {
 namespace {
@@ -12,12 +13,7 @@ constexpr int kRounds = 4;
 
 }  // namespace
 
-uint64_t mix_bits(uint64_t x) {
-  x += 0x9e3779b97f4a7c15ULL;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-  return x ^ (x >> 31);
-}
+uint64_t mix_bits(uint64_t x) { return mixed_bits(x + 1); }
 
 Permutation::Permutation(uint64_t size, uint64_t seed) : size_(size), seed_(seed) {
   KILIN_ASSERT(size > 0 && size <= uint64_t{1} << 62);

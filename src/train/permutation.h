@@ -19,7 +19,7 @@ class Permutation {
   int half_bits_;
 };
 
-// Mixes 64 bits (the finaliser of SplitMix64): for seeds that are made of other seeds.
+// Mixes 64 bits (base/random.h; 0 gives no 0): for seeds that are made of other seeds.
 uint64_t mix_bits(uint64_t x);
 
 }  // namespace kilin::train

@@ -131,7 +131,7 @@ void RunDirectory::clean() const {
 }
 
 std::string RunDirectory::begin(int64_t step) const {
-  const std::string path = temporary(step);
+  std::string path = temporary(step);
   std::error_code error;
   fs::remove_all(path, error);
   if (!error) fs::create_directory(path, error);

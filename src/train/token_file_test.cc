@@ -14,7 +14,7 @@ using io::error_of;
 using io::TemporaryDirectory;
 
 std::string write_file(const TemporaryDirectory& directory, uint64_t vocab, const std::vector<int32_t>& ids) {
-  const std::string path = directory.file("t.kbin");
+  std::string path = directory.file("t.kbin");
   TokenFileWriter writer(path, {vocab, 77, 0, 0, 1, -1});
   writer.add_document(std::span(ids).first(ids.size() / 2));
   writer.add_document(std::span(ids).subspan(ids.size() / 2));

@@ -133,7 +133,7 @@ std::string text_of(const TomlValue& value) {
 
 void flatten(const TomlTable& table, const std::string& path, std::map<std::string, std::string>& out) {
   for (const auto& [key, value] : table) {
-    const std::string name = path.empty() ? key : path + "." + key;
+    const std::string name = path.empty() ? key : fmt::format("{}.{}", path, key);
     if (const TomlTable* inner = value.table()) {
       flatten(*inner, name, out);
     } else {
@@ -331,7 +331,7 @@ const TomlValue* TomlReader::value(std::string_view key) const {
 void TomlReader::refuse_unknown(const TomlTable& table, const std::string& path) const {
   const auto asked = seen_->keys.find(path);
   for (const auto& [key, value] : table) {
-    const std::string name = path.empty() ? key : path + "." + key;
+    const std::string name = path.empty() ? key : fmt::format("{}.{}", path, key);
     if (asked == seen_->keys.end() || asked->second.find(key) == asked->second.end()) {
       std::string known;
       if (asked != seen_->keys.end()) {

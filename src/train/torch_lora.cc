@@ -57,7 +57,7 @@ void attach(TorchModel::Impl& model, int64_t rank, double scale, const Values& v
   const auto leaf = [&](const std::string& name, const Shape& shape, Role role) -> at::Tensor {
     const auto found = values(name, shape);
     if (!found) return {};
-    const at::Tensor t = found->to(model.options.device, model.options.dtype).requires_grad_(true);
+    at::Tensor t = found->to(model.options.device, model.options.dtype).requires_grad_(true);
     model.lora.push_back({name, t, role, shape});
     return t;
   };

@@ -81,7 +81,7 @@ at::Tensor TorchOps::operand(const Tensor& x) const {
 at::Tensor TorchOps::exact(const Tensor& x) const { return x.to(options_.dtype); }
 
 at::Tensor TorchOps::product(const Tensor& x, const Weight& w) const {
-  const Tensor y = at::linear(x, operand(w.value));
+  Tensor y = at::linear(x, operand(w.value));
   if (!w.lora_a.defined()) return y;
   const Tensor low = at::linear(x, operand(w.lora_a));
   return y + w.lora_scale * at::linear(low, operand(w.lora_b));
@@ -142,7 +142,7 @@ at::Tensor TorchOps::gated_rms_norm(const Tensor& x, const Weight& w, const Tens
                                           : GateActivation::kSigmoid;
     if (auto y = gated_norm_cuda(x, w.value, config_.norm_eps, z, activation)) return *y;
   }
-  const Tensor y = normalized(x.view({x.size(0), -1, width}), w.value, config_.norm_eps).view(x.sizes());
+  Tensor y = normalized(x.view({x.size(0), -1, width}), w.value, config_.norm_eps).view(x.sizes());
   if (z == nullptr) return y;
   const Tensor gate = exact(*z);
   return y * (config_.linear.output_gate == OutputGate::kSilu ? at::silu(gate) : at::sigmoid(gate));

@@ -5,10 +5,40 @@ import os
 import pathlib
 import shutil
 import struct
+import subprocess
 import tempfile
+import unittest
 
 from adapters import PREFIX, Adapter, read_file, read_model, to_floats, write_file
-from support import DOCS, TINY, ModelCopy, TestCase, kilin
+from support import DOCS, ROOT, TINY, ModelCopy, TestCase, kilin
+
+# Python with transformers and peft, if there is one: KILIN_TRANSFORMERS_PYTHON, else that of .venv.
+PYTHON = os.environ.get("KILIN_TRANSFORMERS_PYTHON", str(ROOT / ".venv/bin/python"))
+PEFT = """
+import json, sys, torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+directory, out, ids, stabilised = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4] == "1"
+torch.manual_seed(0)
+model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+targets = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, use_rslora=stabilised)
+model = get_peft_model(model, config).eval()
+with torch.no_grad():
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.mul_(0.3)
+    values = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
+model.save_pretrained(out)
+print(-float(values[:-1].gather(1, torch.tensor(ids)[1:, None]).mean()))
+"""
+
+
+def has_peft():
+    if not pathlib.Path(PYTHON).exists():
+        return False
+    return subprocess.run([PYTHON, "-c", "import torch, transformers, peft"], capture_output=True).returncode == 0
+
 
 IDS = [(7 * i + 3) % 200 for i in range(90)]
 # Every kind of matrix: KDA's projections and gates, latent attention, dense MLP, experts, shared, router, head.
@@ -145,6 +175,18 @@ class Lora(TestCase):
         self.assertEqual(answers[0], answers[2])
         self.assertNotEqual(answers[0], answers[1])
 
+    @unittest.skipUnless(has_peft(), "no Python with transformers and peft")
+    def test_adapters_of_peft_itself(self):
+        """On every Linear of transformers' class, whose names for some modules are not Moonshot's."""
+        for stabilised in ("0", "1"):
+            path = self.directory / f"peft{stabilised}"
+            command = [PYTHON, "-c", PEFT, DOCS, path, json.dumps(IDS), stabilised]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            expected = float(done.stdout.split()[-1])
+            self.assertAlmostEqual(self.loss(DOCS, "--lora", path), expected, delta=2e-6 * expected)
+            self.assertGreater(abs(self.loss(DOCS) - expected), 1e-3)
+
     def test_bad_adapters_are_refused(self):
         def refused(damage, *words):
             adapter, path = self.adapter()
@@ -191,5 +233,4 @@ class Lora(TestCase):
 
 
 if __name__ == "__main__":
-    import unittest
     unittest.main()

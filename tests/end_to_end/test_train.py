@@ -230,6 +230,20 @@ class Parallel(TrainCase):
             worst = max(abs(a - b) for a, b in zip(values, second[name]))
             self.assertLess(worst, 2e-3, name)  # AdamW turns rounding of tiny gradients into steps of lr
 
+    def test_a_lost_process_ends_the_others(self):
+        port = str(free_port())
+        sets = ("run.steps=100000", "run.save_every=0", "schedule.warmup=0", "schedule.decay=0")
+        processes = [self.start("lost", *sets, flags=("--progress",),
+                                env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+                                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in (0, 1)]
+        while b"step 3 " not in processes[0].stderr.readline():
+            self.assertIsNone(processes[0].poll())
+        processes[1].kill()
+        _, errors = processes[0].communicate(timeout=60)
+        self.assertEqual(processes[0].returncode, 1, errors)
+        last = errors.decode(errors="replace").splitlines()[-1]
+        self.assertTrue(last.startswith("kilin: error: a process of the run is gone"), last)
+
     def test_environment_is_checked(self):
         for env, word in (({"WORLD_SIZE": "two"}, "WORLD_SIZE"), ({"WORLD_SIZE": "2"}, "RANK"),
                           ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK"), ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR"),
@@ -338,6 +352,7 @@ decay = 0
         chat = self.chat_file()
         config = self.config_of(f'kind = "chat"\ntrain = "{chat}"\nvalid = "{chat}"',
                                 '[lora]\ntargets = ["q_proj", "v_proj", "o_proj"]\nrank = 4\nmerge = true')
+        config.write_text(config.read_text().replace("lr = 1e-3", "lr = 1e-2"))
         result = self.train("whole", config=config)
         losses = self.log("whole")
         self.assertLess(losses[6], losses[1])
@@ -350,8 +365,12 @@ decay = 0
                                ("adapter_model.safetensors", "optimizer.safetensors", "adapter_config.json"))
         self.assertFalse((self.checkpoint("whole", 6) / "model.safetensors").exists())
         self.assertEqual(json.loads((self.checkpoint("whole", 6) / "adapter_config.json").read_text())["r"], 4)
-        merged = kilin("run", self.dir / "whole/merged", "--prompt", "The", "-n", "3")
-        self.assertEqual(merged.returncode, 0, merged.stderr)
+        prompt = "<|im_user|>user<|im_middle|>What is a page?<|im_end|><|im_assistant|>assistant<|im_middle|>"
+        arguments = ("--prompt", prompt, "-n", "6")
+        merged = self.run_json("run", self.dir / "whole/merged", *arguments)
+        adapted = self.run_json("run", DOCS, "--lora", self.checkpoint("whole", 6), *arguments)
+        self.assertEqual(merged["ids"], adapted["ids"])
+        self.assertNotEqual(merged["ids"], self.run_json("run", DOCS, *arguments)["ids"])
         self.assertEqual(result["steps"], 6)
 
     def test_unknown_lora_target(self):

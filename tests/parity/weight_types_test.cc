@@ -16,6 +16,7 @@
 #include "io/test_support.h"
 #include "model/gguf_config.h"
 #include "model/random_values.h"
+#include "model/stored_model.h"
 #include "model/stored_parameter.h"
 #include "oracle/scalar_ops.h"
 #include "quant/formats.h"

@@ -3,15 +3,24 @@
 
 #include <array>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "model/config.h"
 
 namespace kilin::testing {
 
-std::string bundled_model() { return KILIN_SOURCE_DIR "/models/kilin-docs-10m"; }
+namespace {
+// The checkout; of a program that was carried to another machine the variable of the environment says where.
+std::string source_directory() {
+  const char* moved = std::getenv("KILIN_SOURCE_DIR");
+  return moved != nullptr ? moved : KILIN_SOURCE_DIR;
+}
+}  // namespace
+
+std::string bundled_model() { return source_directory() + "/models/kilin-docs-10m"; }
 std::string reference_path(const std::string& name) {
-  return KILIN_SOURCE_DIR "/tests/data/reference/" + name;
+  return source_directory() + "/tests/data/reference/" + name;
 }
 
 Golden::Golden(const std::string& name)

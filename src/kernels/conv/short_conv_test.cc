@@ -3,12 +3,14 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "base/cpu.h"
 #include "base/error.h"
 #include "base/random.h"
+#include "kernels/conv/short_conv_backward.h"
 
 namespace kilin {
 namespace {
@@ -94,6 +96,62 @@ TEST_P(ShortConv, sequences_of_a_batch_do_not_see_each_other_and_may_work_in_pla
   }
   for (int64_t i = 0; i < 3 * 24; ++i)
     EXPECT_EQ(state[static_cast<size_t>(i)], 0.0f) << "empty sequence's state";
+}
+
+// Gradient of sum(y dy) by the formulas in short_conv_backward.h, in double
+void reference_gradient(int64_t tokens, int64_t channels, int64_t taps, const float* u, const float* w,
+                        const float* dy, double* du, double* dw) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t c = 0; c < channels; ++c) {
+      double z = 0;
+      for (int64_t i = std::max<int64_t>(0, taps - 1 - t); i < taps; ++i)
+        z += static_cast<double>(w[i * channels + c]) * u[(t - taps + 1 + i) * channels + c];
+      const double s = 1 / (1 + std::exp(-z));
+      const double dz = dy[t * channels + c] * s * (1 + z * (1 - s));
+      for (int64_t i = std::max<int64_t>(0, taps - 1 - t); i < taps; ++i) {
+        const int64_t at = (t - taps + 1 + i) * channels + c;
+        du[at] += dz * w[i * channels + c];
+        dw[i * channels + c] += dz * u[at];
+      }
+    }
+  }
+}
+
+TEST_P(ShortConv, gradients_agree_with_double_for_any_number_of_threads) {
+  const std::vector<int32_t> cu{0, 1, 1, 20, 22, 59};
+  const int64_t tokens = cu.back();
+  for (int64_t taps : {2, 3, 4, 8}) {
+    for (int64_t channels : {1, 16, 70, 200}) {
+      Random random(9);
+      const auto values = [&](int64_t n) {
+        std::vector<float> x(static_cast<size_t>(n));
+        for (float& v : x) v = static_cast<float>(random.normal());
+        return x;
+      };
+      const auto u = values(tokens * channels), dy = values(tokens * channels), w = values(taps * channels);
+      std::vector<double> du(u.size()), dw(w.size());
+      for (size_t s = 0; s + 1 < cu.size(); ++s) {
+        const int64_t at = cu[s] * channels;
+        reference_gradient(cu[s + 1] - cu[s], channels, taps, u.data() + at, w.data(), dy.data() + at,
+                           du.data() + at, dw.data());
+      }
+      std::vector<float> first;
+      for (int threads : {1, 3}) {
+        ThreadPool pool(threads);
+        std::vector<float> ours_u(u.size(), 9.0f), ours_w(w.size(), 9.0f);
+        short_conv_backward({channels, taps, 5, cu.data(), u.data(), channels, w.data(), dy.data(), channels,
+                             ours_u.data(), channels, ours_w.data()},
+                            pool);
+        for (size_t i = 0; i < du.size(); ++i)
+          ASSERT_NEAR(ours_u[i], du[i], 2e-6 * (std::abs(du[i]) + 5)) << taps << " " << channels;
+        for (size_t i = 0; i < dw.size(); ++i)
+          ASSERT_NEAR(ours_w[i], dw[i], 2e-6 * (std::abs(dw[i]) + 20)) << taps << " " << channels;
+        ours_u.insert(ours_u.end(), ours_w.begin(), ours_w.end());
+        if (first.empty()) first = ours_u;
+        EXPECT_EQ(first, ours_u);
+      }
+    }
+  }
 }
 
 TEST(ShortConvArguments, one_tap_is_refused) {

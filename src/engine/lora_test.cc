@@ -13,10 +13,10 @@
 #include "base/error.h"
 #include "base/random.h"
 #include "engine/convert.h"
-#include "model/stored_parameter.h"
 #include "engine/weights.h"
 #include "io/safetensors_writer.h"
 #include "io/test_support.h"
+#include "model/stored_parameter.h"
 
 namespace kilin {
 namespace {

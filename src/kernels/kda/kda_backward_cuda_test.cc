@@ -87,7 +87,8 @@ struct Case {
   CudaType beta_type = CudaType::kBf16;
   KdaGate gate = KdaGate::kSoftplus;
   float gate_offset = 0.0f;
-  double steep = 0.0;  // share of tokens and channels that forget all
+  double steep = 0.0;   // share of tokens and channels that forget all
+  double at_cut = 0.0;  // share whose decay is 2^-24, where the kernels cut it, give or take 2^0.1 (kNone)
   bool logits = true;
   bool l2norm = true;
   bool varlen = true;
@@ -132,6 +133,7 @@ struct Problem {
       float x = c.gate_offset + normal(random);
       if (c.gate == KdaGate::kNone) x = -std::fabs(0.1f * x);
       if (uniform(random) < c.steep) x = c.gate == KdaGate::kNone ? -1000.0f : 1000.0f;
+      if (uniform(random) < c.at_cut) x = static_cast<float>((-24.1 + 0.2 * uniform(random)) * std::log(2.0));
       return x;
     });
     int turn = 0;
@@ -346,6 +348,9 @@ TEST_F(KdaBackwardCuda, TotalForgettingFollowsTheOracle) {
   for (const double share : {0.02, 0.3, 0.9}) {
     expect_oracle({.lengths = {150, 70}, .gate = KdaGate::kNone, .steep = share}, "steep, no gate");
     expect_oracle({.lengths = {150, 70}, .dim = 64, .gate_offset = -3.0f, .steep = share}, "steep softplus");
+    expect_oracle(
+        {.lengths = {150, 70}, .gate_type = CudaType::kF32, .gate = KdaGate::kNone, .at_cut = share},
+        "decays around the cut");
   }
 }
 

@@ -639,20 +639,24 @@ struct Gradient {
         next = decay[i];
         const float dk = dk_column[i * Shared::kLd], dq = dq_column[i * Shared::kLd];
         sum = fmaf(q, dq, fmaf(k, dk - later[i], sum));
-        // a decay at its lower bound: what lies before has no influence, and rounding errors must not pass
-        if (decay[i] <= 6.2e-8f) sum = 0.0f;
-        local_column[i * Shared::kLd] = sum;
+        // a decay at its lower bound: what lies before has no influence, and rounding errors must not pass.
+        // The mark tells gate_gradients(): two comparisons that differ in rounding would leave half of a sum.
+        const bool cut = is_cut(decay[i]);
+        if (cut) sum = 0.0f;
+        local_column[i * Shared::kLd] = pass_marked(sum, !cut);
         back_column[i * Shared::kLd] = later[i];
       }
       floats(Shared::kSubSums)[s * K + channel] = sum;
       bool open = true;
 #pragma unroll
-      for (int i = 0; i < 16; ++i) open &= decay[i] > 6.2e-8f;
+      for (int i = 0; i < 16; ++i) open &= !is_cut(decay[i]);
       floats(Shared::kKeySums)[s * K + channel] =
           pass_marked(floats(Shared::kKeySums)[s * K + channel], open);
     });
   }
-  // The lowest bit of a sum tells whether the sub-chunk lets gradients of later ones pass.
+  // A decay of about 2^-24 or less (a token's is cut there).
+  static __device__ __forceinline__ bool is_cut(float decay) { return decay <= 6.2e-8f; }
+  // The lowest bit of a sum tells whether the token or the sub-chunk lets gradients of later ones pass.
   static __device__ __forceinline__ float pass_marked(float x, bool open) {
     return __uint_as_float((__float_as_uint(x) & ~1u) | (open ? 1u : 0u));
   }
@@ -688,9 +692,9 @@ struct Gradient {
         const int token = 16 * s + i;
         const GateSlopes gate =
             gate_slopes(args.inputs.gate_kind, x[i] + c.bias, c.rate, args.inputs.lower_bound);
-        const bool cut = gate.log2 <= -23.99f && token < length;
-        carry = cut ? 0.0f : carry;
         const float local = floats(Shared::kLocal)[token * Shared::kLd + channel];
+        const bool cut = !passes(local) && token < length;
+        carry = cut ? 0.0f : carry;
         const float dg = cut || token >= length ? 0.0f : local + carry;
         const float dx = dg == 0.0f ? 0.0f : dg * gate.by_x;
         bias_sum += dx;

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(512, 1) kda_fused(const __grid_constant__ KdaA
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
   init_stages<Shared::kStages>(base + Shared::kBarriers, 1, 4 * kGroups);
-  const ScanWork work = scan_work<kGroups * 64>(args);
+  const ScanWork work = scan_work<kGroups * 64>(args, blockIdx.x);
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be the same in the whole warp
   if (warp < 4 * kGroups) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
@@ -92,8 +92,9 @@ __global__ void __launch_bounds__(512, 1) kda_fused(const __grid_constant__ KdaA
                static_cast<int>(min(work.sequence.length - token, static_cast<int64_t>(kChunk))));
     load_values<Element, kGroups * 64>(args, work, c, image.place + Shared::kValues);
     copy_commit();
-    image.prefetch(
-        work.sequence.first + token + kMakers<kGroups> * kChunk, work.sequence.first + work.sequence.length,
+    prefetch_rows<Element, K, GateElement>(
+        args, work.head, work.sequence.first + token + kMakers<kGroups> * kChunk,
+        work.sequence.first + work.sequence.length,
         static_cast<const Element*>(args.v) + work.head * args.value_dim + work.column, kGroups * 64);
     copy_wait<0>();
     __syncwarp();

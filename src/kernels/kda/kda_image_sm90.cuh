@@ -40,6 +40,26 @@ __device__ __forceinline__ float log2_decay(float x, float bias, float factor, f
   return fmaxf(y, -24.0f);
 }
 
+// Asks the L2 for the rows of the chunk at `token` of a value head, so that their copies will be quick: q, k,
+// gate and, with value_dim > 0, v from the head's first column.
+template <class Element, int K, class GateElement>
+__device__ __forceinline__ void prefetch_rows(const KdaArgs& args, int head, int64_t token, int64_t end,
+                                              const Element* v, int value_dim) {
+  constexpr int kLines = K / 64;  // of 128 bytes per row
+  const int lane = threadIdx.x & 31;
+  const int kv_head = head / (args.value_heads / args.heads);
+  const int64_t row = token + (lane & 15);
+  if (row >= end) return;
+  const auto ask = [](const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); };
+  for (int i = lane >> 4; i < kLines; i += 2) {
+    ask(static_cast<const Element*>(args.k) + row * args.k_stride + kv_head * K + i * 64);
+    ask(static_cast<const Element*>(args.q) + row * args.q_stride + kv_head * K + i * 64);
+    if constexpr (sizeof(GateElement) == 2)
+      ask(static_cast<const GateElement*>(args.gate) + row * args.gate_stride + head * K + i * 64);
+  }
+  for (int i = lane >> 4; i < value_dim / 64; i += 2) ask(v + row * args.v_stride + i * 64);
+}
+
 // kTogether: steps of 16 channels side by side, for the latencies.
 template <class Element, int K, class GateElement, KdaGate kGate, int kTogether>
 struct ImageWarp {
@@ -54,14 +74,14 @@ struct ImageWarp {
   int64_t first;    // token
   int length;       // 1 to 16
   int lane, g, t;
+  float log_speed;     // a_log
   float factor, rate;  // of log2_decay
-  float beta;          // of token lane % 16
+  uint32_t raw_beta;   // of token lane % 16
+  float beta;
 
   __device__ __forceinline__ ImageWarp(const KdaArgs& arguments, int value_head)
       : args(arguments), head(value_head), lane(threadIdx.x & 31), g(lane >> 2), t(lane & 3) {
-    const float speed = args.a_log != nullptr && kGate != KdaGate::kNone ? __expf(args.a_log[head]) : 1.0f;
-    factor = kGate == KdaGate::kBounded ? -speed * kLog2e : kLog2e;
-    rate = kGate == KdaGate::kBounded ? args.lower_bound * kLog2e : -speed;
+    log_speed = args.a_log != nullptr && kGate != KdaGate::kNone ? args.a_log[head] : 0.0f;
   }
 
   // Raw q, k and gate; 32 / (K / 8) rows at once.
@@ -106,25 +126,8 @@ struct ImageWarp {
       copy_16_async(place + Image::kDecay + lane * 16, bias, bias != nullptr);
     }
     const int r = lane & 15;
-    beta = 0.0f;
-    if (r < length) beta = load_float(args.beta, args.beta_type, (first + r) * args.beta_stride + head);
-  }
-
-  // Asks the L2 for the rows of a later chunk of this sequence (v too), so that their copies will be quick.
-  __device__ __forceinline__ void prefetch(int64_t token, int64_t end, const void* v, int value_dim) const {
-    constexpr int kLines = K / 64;  // of 128 bytes per row
-    const int kv_head = head / (args.value_heads / args.heads);
-    const int64_t row = token + (lane & 15);
-    if (row >= end) return;
-    const auto ask = [](const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); };
-    for (int i = lane >> 4; i < kLines; i += 2) {
-      ask(static_cast<const Element*>(args.k) + row * args.k_stride + kv_head * K + i * 64);
-      ask(static_cast<const Element*>(args.q) + row * args.q_stride + kv_head * K + i * 64);
-      if constexpr (sizeof(GateElement) == 2)
-        ask(static_cast<const GateElement*>(args.gate) + row * args.gate_stride + head * K + i * 64);
-    }
-    for (int i = lane >> 4; i < value_dim / 64; i += 2)
-      ask(static_cast<const Element*>(v) + row * args.v_stride + i * 64);
+    raw_beta = 0;
+    if (r < length) raw_beta = load_bits(args.beta, args.beta_type, (first + r) * args.beta_stride + head);
   }
 
   // Address for ldmatrix and stmatrix of the block of 16 rows and the columns 16 step ... of a swizzled
@@ -371,6 +374,10 @@ struct ImageWarp {
 
   // What load began has arrived. Leaves the image, not yet visible to the asynchronous proxy.
   __device__ __forceinline__ void make() {
+    const float speed = __expf(log_speed);
+    factor = kGate == KdaGate::kBounded ? -speed * kLog2e : kLog2e;
+    rate = kGate == KdaGate::kBounded ? args.lower_bound * kLog2e : -speed;
+    beta = float_of_bits(raw_beta, args.beta_type);
     if (args.beta_is_logit && (lane & 15) < length) beta = 1.0f / (1.0f + __expf(-beta));
     beta *= args.beta_scale;
     const uint32_t rows = place + Image::kRows, keys = place + Image::kKeys;
@@ -421,9 +428,8 @@ struct ImageWarp {
         stmatrix(block<32>(rows + 16 * 128, step0 + i), o[i].q);
         stmatrix(block<16>(keys, step0 + i), o[i].keys);
         if (g == 7) {
-          float* to = reinterpret_cast<float*>(shared + Image::kDecay) + 16 * (step0 + i) + 2 * t;
-          *reinterpret_cast<float2*>(to) = {decay[i][0], decay[i][1]};
-          *reinterpret_cast<float2*>(to + 8) = {decay[i][2], decay[i][3]};
+          reinterpret_cast<float4*>(shared + Image::kDecay)[4 * (step0 + i) + t] = {decay[i][0], decay[i][1],
+                                                                                    decay[i][2], decay[i][3]};
         }
       }
     }

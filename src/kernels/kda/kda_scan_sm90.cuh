@@ -21,7 +21,7 @@ struct ScanWarp {
   StateRows<Element, K> state;
   int warp;
 
-  // The order matters (docs/notes/20261124-cuda-forward.md): first the chain from S to S, then q S and out.
+  // The order matters (docs/notes/20261125-cuda-forward.md): first the chain from S to S, then q S and out.
   // Storing out or waiting for the next stage inside the chain costs more than it hides.
   __device__ __forceinline__ void chunk(int c, uint32_t place, const uint8_t* pointer, uint32_t values,
                                         uint32_t full, uint32_t parity) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, 1) kda_scan(const __grid_con
   const uint32_t base = shared_address(shared);
   init_stages<Shared::kStages>(base + Shared::kBarriers, 33, kWarps);
   grid_wait();
-  const ScanWork work = scan_work<kWarps * 16>(args);
+  const ScanWork work = scan_work<kWarps * 16>(args, blockIdx.x);
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be the same in the whole warp
   if (warp < kWarps) {
     ScanWarp<Element, K, kWarps> scan{.state = StateRows<Element, K>(args, work, warp * 16), .warp = warp};

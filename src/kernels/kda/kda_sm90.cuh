@@ -8,7 +8,7 @@
 //     keys      k 2^(G_C - G)                                             [C][K]
 //     P         scale q_i . k_j 2^(G_i - G_j), i >= j, else 0             [C][C]
 //     A         A diag(beta)                                              [C][C]
-//     decay     2^G_C                                                     [K], fp32
+//     decay     2^G_C, of every 16 channels 0 1 8 9, 2 3 10 11, 4 5 ...   [K], fp32
 // Rows and keys are in the 128-byte swizzle, [K / 64][rows][64 columns]: the 16-byte piece p of row r stands
 // at place p ^ (r % 8) of the row. P and A are in cores of 8 rows of 16 bytes, [2 row blocks][2 column
 // blocks][8][8]. Before a warp makes the image (kda_image_sm90.cuh), the raw gate lies in the place of minus
@@ -90,10 +90,15 @@ __device__ __forceinline__ uint32_t swizzled(int row, int piece) {
   return (piece >> 3) * (kRows * 128) + row * 128 + (((piece & 7) ^ (row & 7)) << 4);
 }
 
-__device__ __forceinline__ float load_float(const void* p, CudaType type, int64_t i) {
-  if (type == CudaType::kF32) return static_cast<const float*>(p)[i];
-  if (type == CudaType::kBf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
-  return __half2float(static_cast<const __half*>(p)[i]);
+// A value in two steps, so that what comes between does not wait for the load.
+__device__ __forceinline__ uint32_t load_bits(const void* p, CudaType type, int64_t i) {
+  if (type == CudaType::kF32) return static_cast<const uint32_t*>(p)[i];
+  return static_cast<const uint16_t*>(p)[i];
+}
+__device__ __forceinline__ float float_of_bits(uint32_t bits, CudaType type) {
+  if (type == CudaType::kF32) return __uint_as_float(bits);
+  if (type == CudaType::kBf16) return __uint_as_float(bits << 16);
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
 }  // namespace kilin::cuda

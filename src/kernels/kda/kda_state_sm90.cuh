@@ -15,14 +15,14 @@ struct ScanWork {
   int64_t state_chunk;  // chunks of kKdaCudaChunk tokens of the sequences before
 };
 
-// kRows: rows of S per block.
+// The index-th part of kRows rows of all states.
 template <int kRows>
-__device__ __forceinline__ ScanWork scan_work(const KdaArgs& args) {
+__device__ __forceinline__ ScanWork scan_work(const KdaArgs& args, int index) {
   const int parts = args.value_dim / kRows;
   ScanWork work;
-  work.column = static_cast<int>(blockIdx.x) % parts * kRows;
-  work.head = static_cast<int>(blockIdx.x) / parts % args.value_heads;
-  work.number = static_cast<int>(blockIdx.x) / parts / args.value_heads;
+  work.column = index % parts * kRows;
+  work.head = index / parts % args.value_heads;
+  work.number = index / parts / args.value_heads;
   work.sequence = kda_sequence(args.layout, work.number);
   work.state_chunk = 0;
   if (args.chunk_states != nullptr) {
@@ -85,7 +85,7 @@ struct StateRows {
   const ScanWork& work;
   int lane, g, t;
   int column;           // first row of S
-  bool keep;            // states before chunks
+  uint32_t keep;        // whether states before chunks are kept
   Element* out;         // where this lane stores out of the chunk: 16 bytes of token lane / 2
   int64_t out_step;     // elements from one chunk to the next
   int64_t tokens_left;  // from the lane's token of the chunk to the end of the sequence
@@ -98,12 +98,14 @@ struct StateRows {
         g(lane >> 2),
         t(lane & 3),
         column(scan.column + row),
-        keep(arguments.chunk_states != nullptr),
         out(static_cast<Element*>(arguments.out) +
             (scan.sequence.first + (lane >> 1)) * arguments.out_stride + scan.head * arguments.value_dim +
             column + (lane & 1) * 8),
         out_step(kChunk * arguments.out_stride),
-        tokens_left(scan.sequence.length - (lane >> 1)) {}
+        tokens_left(scan.sequence.length - (lane >> 1)) {
+    // In a register: otherwise the question is asked of the constant memory again before every chunk.
+    asm volatile("mov.u32 %0, %1;" : "=r"(keep) : "r"(arguments.chunk_states != nullptr ? 1u : 0u));
+  }
 
   // Place of row g + 8 half, columns 8 n + 2t of the state of a slot.
   __device__ __forceinline__ int64_t index(int64_t slot, int64_t stride, int half, int n) const {
@@ -153,7 +155,7 @@ struct StateRows {
 
   __device__ __forceinline__ void store_chunk_state(int c) const {
     constexpr int kEvery = kKdaCudaChunk / kChunk;
-    if (keep && c % kEvery == 0) {
+    if (keep != 0 && c % kEvery == 0) {
       store(args.chunk_states, args.chunk_state_type, work.state_chunk + c / kEvery,
             static_cast<int64_t>(args.value_heads) * args.value_dim * K);
     }
@@ -169,14 +171,18 @@ struct StateRows {
   }
 
   __device__ __forceinline__ void decay(const uint8_t* factors) {
-    const float* by = reinterpret_cast<const float*>(factors) + 2 * t;
+    const float4* by = reinterpret_cast<const float4*>(factors) + t;
 #pragma unroll
-    for (int n = 0; n < K / 8; ++n) {
-      const float2 f = *reinterpret_cast<const float2*>(by + 8 * n);
-      s[4 * n] *= f.x;
-      s[4 * n + 1] *= f.y;
-      s[4 * n + 2] *= f.x;
-      s[4 * n + 3] *= f.y;
+    for (int i = 0; i < K / 16; ++i) {
+      const float4 f = by[4 * i];
+      s[8 * i] *= f.x;
+      s[8 * i + 1] *= f.y;
+      s[8 * i + 2] *= f.x;
+      s[8 * i + 3] *= f.y;
+      s[8 * i + 4] *= f.z;
+      s[8 * i + 5] *= f.w;
+      s[8 * i + 6] *= f.z;
+      s[8 * i + 7] *= f.w;
     }
   }
 

@@ -14,7 +14,6 @@ namespace kilin::testing {
 namespace {
 
 using Json = nlohmann::json;
-using train::KdaPath;
 using train::ModelOptions;
 using train::TorchModel;
 using train::TrainBatch;

@@ -13,7 +13,6 @@
 namespace kilin::testing {
 namespace {
 
-using train::KdaPath;
 using train::ModelOptions;
 using train::TorchModel;
 using train::TrainBatch;

@@ -137,39 +137,39 @@ class Resume(TrainCase):
                 for key in ("loss", "grad_norm", "lr", "accuracy", "tokens"):
                     self.assertEqual(self.log(whole, key), self.log(parts, key), key)
 
+    def newest(self, out):
+        return max(self.steps(out), default=0) if (self.dir / out).exists() else 0
+
+    def kill_somewhere(self, process, wait_for, generator):
+        """SIGKILL a moment after the newest checkpoint is past step `wait_for` (-1: whatever it does then)."""
+        while process.poll() is None and self.newest("killed") <= wait_for:
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, 0.05 if wait_for >= 0 else 0.5))
+        self.assertIsNone(process.poll(), "the run ended before it was killed")
+        process.kill()
+        process.communicate()
+
     def test_kill_at_any_moment(self):
-        """kill -9 at random moments, then --resume, until the run is complete: the bits of an undisturbed one."""
-        sets = ("run.steps=40", "run.save_every=1", "run.keep=2")
+        """kill -9 at random moments, while starting and while training, each time --resume: the bits of an
+        undisturbed run."""
+        sets = ("run.steps=300", "run.save_every=1", "run.keep=2", "run.log_every=7")
         self.train("whole", *sets)
         generator = random.Random(2)
-        kills = 0
         begun = 0
-        for _ in range(60):
+        for kill in range(8):
             process = self.start("killed", *sets, flags=("--resume",))
-            deadline = time.monotonic() + generator.uniform(0.05, 0.9) + 0.05 * kills
-            while process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.005)
-            if process.poll() is not None:
-                self.assertEqual(process.returncode, 0, process.stderr.read())
-                break
-            process.kill()  # SIGKILL
-            process.communicate()
-            kills += 1
-            if not (self.dir / "killed").exists():
-                continue
+            self.kill_somewhere(process, begun if kill % 2 == 0 else -1, generator)
             # At most one interval is lost, and what has a checkpoint's name is complete.
             for step in self.steps("killed"):
                 state = json.loads((self.checkpoint("killed", step) / "trainer_state.json").read_text())
                 self.assertEqual(state["step"], step)
                 read_safetensors(self.checkpoint("killed", step) / "optimizer.safetensors")
-            newest = max(self.steps("killed"), default=0)
-            self.assertGreaterEqual(newest, begun)
+            newest = self.newest("killed")
+            self.assertGreater(newest, begun if kill % 2 == 0 else begun - 1)
             begun = newest
-        else:
-            self.fail("the run did not end")
-        self.assertGreater(kills, 2)
-        self.assertEqual(self.steps("killed"), [39, 40])
-        self.assert_same_files(self.checkpoint("whole", 40), self.checkpoint("killed", 40))
+        self.train("killed", *sets, flags=("--resume",))
+        self.assertEqual(self.steps("killed"), [299, 300])
+        self.assert_same_files(self.checkpoint("whole", 300), self.checkpoint("killed", 300))
         self.assertEqual(self.log("whole"), self.log("killed"))
         self.assertEqual([path.name for path in (self.dir / "killed").glob(".*")], [])
 

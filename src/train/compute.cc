@@ -15,10 +15,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-at::Tensor on_device(const std::vector<int64_t>& values, const at::Device& device) {
-  return at::tensor(values, at::kLong).to(device);
-}
-
 void finish(const at::Device& device) {
   if (!device.is_cuda()) return;
   const c10::impl::VirtualGuardImpl guard(device.type());
@@ -48,7 +44,6 @@ std::pair<int64_t, int64_t> exact_sequences(const PackedRows& rows, const at::Te
 }  // namespace
 
 RowLoss row_loss(TorchModel& model, const PackedRows& rows, bool want_correct) {
-  const at::Device device = model.options().device;
   std::vector<int64_t> wanted, labels;
   for (size_t i = 0; i < rows.labels.size(); ++i) {
     if (rows.labels[i] == kNoLabel) continue;
@@ -56,12 +51,13 @@ RowLoss row_loss(TorchModel& model, const PackedRows& rows, bool want_correct) {
     labels.push_back(rows.labels[i]);
   }
   KILIN_ASSERT(!labels.empty());
+  // On the CPU: forward() looks at the values, and on a GPU each look would wait for it.
   TrainBatch batch;
-  batch.tokens = on_device({rows.tokens.begin(), rows.tokens.end()}, device);
+  batch.tokens = at::tensor(std::vector<int64_t>(rows.tokens.begin(), rows.tokens.end()), at::kLong);
   batch.cu_seqlens = rows.cu_seqlens;
-  if (wanted.size() < rows.labels.size()) batch.wanted = on_device(wanted, device);
+  if (wanted.size() < rows.labels.size()) batch.wanted = at::tensor(wanted, at::kLong);
   const at::Tensor logits = model.forward(batch);
-  const at::Tensor targets = on_device(labels, device);
+  const at::Tensor targets = at::tensor(labels, at::kLong).to(model.options().device);
   RowLoss result;
   result.sum = at::cross_entropy_loss(logits, targets, {}, at::Reduction::Sum);
   if (want_correct) result.correct = logits.detach().argmax(1).eq(targets);

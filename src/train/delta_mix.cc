@@ -5,7 +5,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
-#include <numeric>
 
 #include "kernels/kda/kda_backward.h"
 #include "train/threads.h"
@@ -62,12 +61,6 @@ struct Kept {
   std::vector<int32_t> cu;
 };
 
-std::vector<int32_t> slots_of(const std::vector<int32_t>& cu) {
-  std::vector<int32_t> slots(cu.size() - 1);
-  std::iota(slots.begin(), slots.end(), 0);
-  return slots;
-}
-
 void point_to(KdaParams& p, const variable_list& in, const std::vector<int32_t>& cu,
               const std::vector<int32_t>& slots) {
   p.sequences = static_cast<int>(slots.size());
@@ -100,7 +93,7 @@ struct DeltaMixCpu : torch::autograd::Function<DeltaMixCpu> {
     Kept::put(context, settings, cu);
     context->save_for_backward(in);
     KdaParams p = settings;
-    const std::vector<int32_t> slots = slots_of(cu);
+    const std::vector<int32_t> slots = slots_in_order(cu);
     point_to(p, in, cu, slots);
     const at::Tensor states =
         at::zeros({p.sequences, p.value_heads, p.value_dim, p.key_dim}, at::TensorOptions(at::kFloat));
@@ -117,7 +110,7 @@ struct DeltaMixCpu : torch::autograd::Function<DeltaMixCpu> {
     const Kept kept(context);
     const variable_list in = context->get_saved_variables();
     const at::Tensor d_out = gradients[0].contiguous();
-    const std::vector<int32_t> slots = slots_of(kept.cu);
+    const std::vector<int32_t> slots = slots_in_order(kept.cu);
     KdaBackwardParams p;
     p.forward = kept.p;
     point_to(p.forward, in, kept.cu, slots);

@@ -14,18 +14,6 @@ namespace {
 
 using Tensors = std::vector<at::Tensor>;
 
-Sequences sequences_of(const std::vector<int32_t>& cu) {
-  Sequences s;
-  s.cu = cu;
-  s.cu_tensor = at::tensor(cu, at::kInt).to(at::kCUDA);
-  std::vector<int64_t> positions;
-  for (size_t i = 0; i + 1 < cu.size(); ++i) {
-    for (int64_t r = cu[i]; r < cu[i + 1]; ++r) positions.push_back(r - cu[i]);
-  }
-  s.positions = at::tensor(positions, at::kLong).to(at::kCUDA);
-  return s;
-}
-
 at::Tensor noise(at::IntArrayRef shape, uint64_t seed, at::ScalarType dtype = at::kBFloat16) {
   at::manual_seed(seed);
   return at::randn(shape, at::TensorOptions(at::kFloat)).to(dtype).to(at::kCUDA);
@@ -58,7 +46,7 @@ void compare(const std::function<at::Tensor(const Tensors&)>& fast,
 
 // The bounds of /kernels tests: bfloat16 rounds inputs of products to 2^-9 of themselves.
 void check_delta_mix(const KdaParams& p, const std::vector<int32_t>& cu) {
-  const Sequences s = sequences_of(cu);
+  const Sequences s = Sequences::of(cu, at::kCUDA);
   const int64_t rows = cu.back(), H = p.heads, HV = p.value_heads, K = p.key_dim, V = p.value_dim;
   const int64_t gates = p.scalar_gate ? HV : HV * K;
   const Tensors inputs{noise({rows, H * K}, 1),
@@ -96,7 +84,7 @@ TEST(TrainCuda, delta_rule_of_gdn) {
 }
 
 TEST(TrainCuda, short_convolution) {
-  const Sequences s = sequences_of({0, 1, 3, 3, 100});
+  const Sequences s = Sequences::of({0, 1, 3, 3, 100}, at::kCUDA);
   compare([&](const Tensors& x) { return short_convolution_cuda(x[0], x[1], s).value(); },
           [&](const Tensors& x) { return short_convolution(x[0], x[1], s); },
           {noise({100, 256}, 1), noise({256, 1, 4}, 2, at::kFloat)}, {"x", "w"}, 0.005, 0.01);

@@ -4,8 +4,6 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <numeric>
-
 #include "kernels/conv/short_conv.h"
 #include "kernels/conv/short_conv_backward.h"
 #include "train/threads.h"
@@ -22,8 +20,7 @@ struct ShortConvCpu : torch::autograd::Function<ShortConvCpu> {
                             const std::vector<int32_t>& cu) {
     context->save_for_backward({x, w});
     context->saved_data["cu"] = std::vector<int64_t>(cu.begin(), cu.end());
-    std::vector<int32_t> slots(cu.size() - 1);
-    std::iota(slots.begin(), slots.end(), 0);
+    const std::vector<int32_t> slots = slots_in_order(cu);
     const auto sequences = static_cast<int64_t>(slots.size());
     const at::Tensor states = at::zeros({sequences, w.size(0) - 1, w.size(1)}, x.options());
     at::Tensor y = at::empty_like(x);

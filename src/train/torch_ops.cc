@@ -17,15 +17,6 @@
 namespace kilin::train {
 namespace {
 
-// [rows] of each row's place in its sequence
-at::Tensor positions_of(const std::vector<int32_t>& cu) {
-  std::vector<int64_t> positions(static_cast<size_t>(cu.back()));
-  for (size_t s = 0; s + 1 < cu.size(); ++s) {
-    for (int64_t r = cu[s]; r < cu[s + 1]; ++r) positions[static_cast<size_t>(r)] = r - cu[s];
-  }
-  return at::tensor(positions, at::kLong);
-}
-
 void check_lengths(const std::vector<int32_t>& cu, int64_t rows) {
   check(cu.size() >= 2, "training batch: found no sequence, expected at least one");
   check(cu.front() == 0 && cu.back() == rows,
@@ -66,11 +57,7 @@ void TorchOps::begin(const TrainBatch& batch, bool count) {
   }
   tokens_ = batch.tokens.to(options_.device);
   wanted_ = batch.wanted.defined() ? batch.wanted.to(options_.device) : at::Tensor();
-  if (sequences_.cu != batch.cu_seqlens) {
-    sequences_.cu = batch.cu_seqlens;
-    sequences_.cu_tensor = at::tensor(batch.cu_seqlens, at::kInt).to(options_.device);
-    sequences_.positions = positions_of(batch.cu_seqlens).to(options_.device);
-  }
+  if (sequences_.cu != batch.cu_seqlens) sequences_ = Sequences::of(batch.cu_seqlens, options_.device);
   count_ = count;
 }
 

@@ -84,6 +84,20 @@ double copy_bandwidth(cudaStream_t stream) {
   return 2.0 * static_cast<double>(bytes) / ms * 1e-6;
 }
 
+const char* plan_name(KdaCudaPlan plan) {
+  switch (plan) {
+    case KdaCudaPlan::kAuto:
+      return "auto";
+    case KdaCudaPlan::kFused:
+      return "fused";
+    case KdaCudaPlan::kTwoKernels:
+      return "two";
+    case KdaCudaPlan::kSegments:
+      return "segments";
+  }
+  return "";
+}
+
 struct Shape {
   const char* name;
   std::vector<int> lengths;
@@ -146,9 +160,9 @@ void time_shape(const Shape& shape, KdaGate gate_kind, KdaCudaPlan plan, bool on
   if (once) return;
   const double ms = time_graph(std::max(sets, 8), stream, call);
   const double floor = 5.0 * static_cast<double>(bytes) / bandwidth * 1e-6;
-  std::printf("%-12s %-8s %-5s %8.4f ms  floor %.4f ms  %5.1f %%\n", shape.name,
-              gate_kind == KdaGate::kBounded ? "bounded" : "softplus",
-              plan == KdaCudaPlan::kFused ? "fused" : "two", ms, floor, 100.0 * floor / ms);
+  std::printf("%-12s %-8s %-8s %8.4f ms  floor %.4f ms  %5.1f %%\n", shape.name,
+              gate_kind == KdaGate::kBounded ? "bounded" : "softplus", plan_name(plan), ms, floor,
+              100.0 * floor / ms);
   std::fflush(stdout);
 }
 
@@ -175,13 +189,20 @@ int main_(int argc, char** argv) {
                                      {"T32768 H32", {32768}, 32},
                                      {"T131072 H32", {131072}, 32},
                                      {"T65536 H8", {65536}, 8},
+                                     {"T32768 H16", {32768}, 16},
+                                     {"T8192 H8", {8192}, 8},
+                                     {"T2048 H8", {2048}, 8},
+                                     {"T32768 H1", {32768}, 1},
                                      {"8x1024 H96", std::vector<int>(8, 1024), 96},
                                      {"mixed H96", {1300, 547, 2048, 963, 271, 3063}, 96}};
   for (const Shape& shape : shapes) {
     if (std::string(shape.name).find(filter) == std::string::npos) continue;
     for (const KdaGate gate : {KdaGate::kBounded, KdaGate::kSoftplus}) {
-      for (const KdaCudaPlan plan : {KdaCudaPlan::kFused, KdaCudaPlan::kTwoKernels})
+      for (const KdaCudaPlan plan : {KdaCudaPlan::kFused, KdaCudaPlan::kTwoKernels, KdaCudaPlan::kSegments}) {
+        // Segments where there is room for them.
+        if (plan == KdaCudaPlan::kSegments && shape.heads * shape.lengths.size() > 16) continue;
         time_shape(shape, gate, plan, once, bandwidth, stream);
+      }
     }
   }
   return 0;

@@ -82,6 +82,24 @@ __device__ __forceinline__ void stmatrix_trans(uint32_t address, uint32_t r0, ui
                : "memory");
 }
 
+// 16 bytes of shared memory.
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+__device__ __forceinline__ float4 load_shared_floats(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
 // D (16 x 8) += A (16 x 16) B (16 x 8), one warp. A as in wgmma.cuh; B: b0 = B[2t, 2t + 1][g], b1 = B[2t + 8,
 // + 9][g]; D: d[0, 1] = D[g][2t, 2t + 1], d[2, 3] = D[g + 8][...]. An A operand of X is a B operand of X^T:
 // registers 0 and 2 for its rows 0 to 7, 1 and 3 for 8 to 15.

@@ -79,15 +79,32 @@ bool fused(const KdaCudaParams& p) {
   return 3 * static_cast<int64_t>(p.sequences) * p.value_heads > cuda_device().multiprocessors;
 }
 
+// Into how many segments the scan cuts each sequence: as many as fill the chip with blocks of kSegmentRows
+// rows. Segments cost twice the products and loads of a scan, so they pay from four on, and for sequences
+// that are long.
+constexpr int kSegmentRows = 64, kMostSegments = 16, kLeastSegmentChunks = 32;
+int segments(const KdaCudaParams& p) {
+  const int64_t blocks =
+      std::max<int64_t>(1, static_cast<int64_t>(p.sequences) * p.value_heads * (p.value_dim / kSegmentRows));
+  const int64_t room = std::min<int64_t>(cuda_device().multiprocessors / blocks, kMostSegments);
+  if (p.plan == KdaCudaPlan::kSegments) return static_cast<int>(std::max<int64_t>(room, 2));
+  if (p.plan != KdaCudaPlan::kAuto || fused(p)) return 1;
+  const int64_t most = std::min(room, p.tokens / std::max(p.sequences, 1) / kChunk / kLeastSegmentChunks);
+  return most < 4 ? 1 : static_cast<int>(most);
+}
+
 struct Workspace {
-  size_t offsets, starts, chunks, images, bytes;
+  size_t offsets, starts, chunks, images, summaries, segment_starts, bytes;
   explicit Workspace(const KdaCudaParams& p) {
     const bool table = p.cu_seqlens != nullptr;
+    const int64_t pairs = static_cast<int64_t>(p.sequences) * p.value_heads, parts = segments(p);
     offsets = 0;
     starts = offsets + (table ? aligned((p.sequences + 1) * 4) : 0);
     chunks = starts + (table ? aligned((p.sequences + 1) * 8) : 0);
     images = chunks + (table ? aligned(chunk_bound(p) * 8) : 0);
-    bytes = images + (fused(p) ? 0 : aligned(chunk_bound(p) * p.value_heads * image_bytes(p)));
+    summaries = images + (fused(p) ? 0 : aligned(chunk_bound(p) * p.value_heads * image_bytes(p)));
+    segment_starts = summaries + aligned(pairs * (parts - 1) * (p.value_dim + p.key_dim) * p.key_dim * 4);
+    bytes = segment_starts + (parts > 1 ? aligned(pairs * parts * p.value_dim * p.key_dim * 4) : 0);
   }
 };
 
@@ -117,11 +134,29 @@ int groups(const KdaCudaParams& p) {
   return p.value_dim == 64 || 2 * pairs <= cuda_device().multiprocessors ? 1 : 2;
 }
 
-template <class Element, int K, int kWarps>
-void scan(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) {
-  launch(kda_scan<Element, K, kWarps>, "kda_scan",
-         static_cast<int64_t>(p.sequences) * p.value_heads * (p.value_dim / (16 * kWarps)), 32 * kWarps + 32,
-         ScanShared<K, 16 * kWarps, 12>::kBytes, true, stream, args);
+template <class Element, int K, int kRows, bool kSummary>
+void scan(const KdaArgs& args, int64_t blocks, cudaStream_t stream) {
+  using Block = ScanBlock<K, kRows, kSummary>;
+  launch(kda_scan<Element, K, kRows, kSummary>, "kda_scan", blocks, Block::kThreads, Block::kBytes, true,
+         stream, args);
+}
+
+// From images to out and states.
+template <class Element, int K>
+void run_scans(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) {
+  const int64_t pairs = static_cast<int64_t>(p.sequences) * p.value_heads;
+  if (args.segments > 1) {
+    scan<Element, K, kSegmentRows, true>(
+        args, pairs * (args.segments - 1) * ((p.value_dim + K) / kSegmentRows), stream);
+    launch(kda_starts<K>, "kda_starts", pairs * (p.value_dim / kStartRows), kStartRows * 32, 0, true, stream,
+           args);
+  }
+  // As many rows of S per block as leave no multiprocessor without work.
+  if (pairs * args.segments * (p.value_dim / 32) > cuda_device().multiprocessors) {
+    scan<Element, K, 64, false>(args, pairs * args.segments * (p.value_dim / 64), stream);
+  } else {
+    scan<Element, K, 32, false>(args, pairs * args.segments * (p.value_dim / 32), stream);
+  }
 }
 
 template <class Element, int K, class GateElement, KdaGate kGate>
@@ -140,14 +175,7 @@ void run_gate(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) 
   }
   launch(kda_images<Element, K, GateElement, kGate>, "kda_images", divide_up(images, kImageWarps),
          32 * kImageWarps, kImageWarps * KdaImage<K>::kPlace, false, stream, args, images);
-  // As many rows of S per block as leave no multiprocessor without work.
-  if (p.value_dim == 128 && pairs > cuda_device().multiprocessors / 2) {
-    scan<Element, K, 8>(p, args, stream);
-  } else if (pairs * (p.value_dim / 32) > cuda_device().multiprocessors) {
-    scan<Element, K, 4>(p, args, stream);
-  } else {
-    scan<Element, K, 2>(p, args, stream);
-  }
+  run_scans<Element, K>(p, args, stream);
 }
 
 template <class Element, int K, class GateElement>
@@ -237,6 +265,9 @@ void kda_chunk_cuda(const KdaCudaParams& p, void* workspace, size_t workspace_by
                            .lower_bound = p.lower_bound,
                            .scale = p.scale,
                            .images = base + place.images,
+                           .segments = cuda::segments(p),
+                           .summaries = reinterpret_cast<float*>(base + place.summaries),
+                           .starts = reinterpret_cast<float*>(base + place.segment_starts),
                            .initial = p.initial,
                            .final = p.final,
                            .chunk_states = p.chunk_states,

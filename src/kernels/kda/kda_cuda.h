@@ -17,7 +17,7 @@
 
 namespace kilin {
 
-enum class KdaCudaPlan : uint8_t { kAuto, kFused, kTwoKernels };
+enum class KdaCudaPlan : uint8_t { kAuto, kFused, kTwoKernels, kSegments };
 
 struct KdaCudaParams {
   int heads = 0;        // H
@@ -56,8 +56,9 @@ struct KdaCudaParams {
   void* out = nullptr;
   int64_t out_stride = 0;
 
-  // How: both kernels in one block per sequence and head (nothing goes through memory between them), or one
-  // kernel for all chunks in parallel and one for the scan. kAuto takes what was measured to be faster.
+  // How: both kernels in one block per sequence and head (nothing goes through memory between them); or one
+  // kernel for all chunks in parallel and one for the scan; or the latter with each sequence cut into segments,
+  // which are scanned side by side (docs/math/kda.md). kAuto takes what was measured to be faster.
   KdaCudaPlan plan = KdaCudaPlan::kAuto;
 };
 

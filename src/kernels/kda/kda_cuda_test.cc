@@ -258,6 +258,8 @@ double error(const std::vector<double>& expected, const float* found) {
   return size > 0.0 ? std::sqrt(difference / size) : std::sqrt(difference);
 }
 
+constexpr KdaCudaPlan kPlans[] = {KdaCudaPlan::kFused, KdaCudaPlan::kTwoKernels, KdaCudaPlan::kSegments};
+
 void expect_agreement(const Problem& problem, const char* name, KdaCudaPlan plan) {
   SCOPED_TRACE(name);
   const Case& c = problem.settings;
@@ -275,7 +277,10 @@ void expect_agreement(const Problem& problem, const char* name, KdaCudaPlan plan
   const std::vector<float> chunk_states = decode(CudaType::kF32, device.chunk_states.host());
   const double chunk_error = error(problem.chunk_states, chunk_states.data());
   std::printf("%-28s %s out %.2e  state %.2e  chunk states %.2e\n", name,
-              plan == KdaCudaPlan::kFused ? "fused" : "two  ", out_error, state_error, chunk_error);
+              plan == KdaCudaPlan::kFused      ? "fused"
+              : plan == KdaCudaPlan::kSegments ? "segm "
+                                               : "two  ",
+              out_error, state_error, chunk_error);
   EXPECT_LT(out_error, c.tolerance);
   EXPECT_LT(state_error, c.tolerance);
   EXPECT_LT(chunk_error, c.tolerance);
@@ -288,8 +293,7 @@ void expect_agreement(const Problem& problem, const char* name, KdaCudaPlan plan
 
 void expect_agreement(const Case& c, const char* name, int seed = 1) {
   const Problem problem(c, seed);
-  for (const KdaCudaPlan plan : {KdaCudaPlan::kFused, KdaCudaPlan::kTwoKernels})
-    expect_agreement(problem, name, plan);
+  for (const KdaCudaPlan plan : kPlans) expect_agreement(problem, name, plan);
 }
 
 class KdaCuda : public GpuTest {};
@@ -343,13 +347,15 @@ TEST_F(KdaCuda, VariableLengths) {
 
 TEST_F(KdaCuda, LongDecays) {
   expect_agreement({.lengths = {4096}, .heads = 4, .value_heads = 4, .gate_offset = -9.0f}, "4096 tokens");
+  expect_agreement({.lengths = {3000, 0, 1000, 1}, .heads = 2, .value_heads = 2, .gate_offset = -9.0f},
+                   "segments");
   expect_agreement({.lengths = {2048}, .heads = 70, .value_heads = 70, .gate_kind = KdaGate::kBounded},
                    "70 heads");
 }
 
 TEST_F(KdaCuda, SameBitsInEveryRun) {
   const Problem problem({.lengths = {500, 63, 200}, .heads = 8, .value_heads = 8, .steep = 0.02f});
-  for (const KdaCudaPlan plan : {KdaCudaPlan::kFused, KdaCudaPlan::kTwoKernels}) {
+  for (const KdaCudaPlan plan : kPlans) {
     std::vector<uint8_t> first, first_pool;
     for (int i = 0; i < 100; ++i) {
       Device device(problem, plan);

@@ -13,8 +13,8 @@ template <int kGroups>
 constexpr int kMakers = kGroups == 2 ? 8 : 12;
 
 template <class Element, int K>
-__device__ __forceinline__ void scan_chunk(StateRows<Element, K>& state, int c, uint32_t place,
-                                           const uint8_t* pointer, uint32_t values, int part, uint32_t full,
+__device__ __forceinline__ void scan_chunk(StateRows<Element, K>& state, OutRows<Element>& out, int c,
+                                           uint32_t place, uint32_t values, int part, uint32_t full,
                                            uint32_t parity) {
   using Image = KdaImage<K>;
   constexpr int kSteps = K / 16;
@@ -23,8 +23,10 @@ __device__ __forceinline__ void scan_chunk(StateRows<Element, K>& state, int c, 
   state.round(rounded);
   barrier_wait(full, parity);
   uint32_t v[4];
-  ldmatrix_trans(v, state.values_block(values, part));
-  state.decay(pointer + Image::kDecay);
+  ldmatrix_trans(v, values_block(values, part));
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i)
+    state.decay(i, load_shared_floats(place + Image::kDecay + state.t * 16 + 64 * i));
   float x[16];  // [0 to 7] S (minus w)^T, [8 to 15] S q^T
   float y[8];   // v^T A^T, then R P^T
   const uint64_t rows = swizzled_matrix(place + Image::kRows, 16, 1024);
@@ -45,9 +47,8 @@ __device__ __forceinline__ void scan_chunk(StateRows<Element, K>& state, int c, 
   wgmma_wait<0>();
 #pragma unroll
   for (int i = 0; i < 8; ++i) y[i] += x[8 + i];
-  state.store_out(y, values, part);
-  __syncwarp();
-  if (state.lane == 0) barrier_arrive(full + 8);
+  out.put_transposed(y, values, part);
+  barrier_arrive(full + 8);
 }
 
 template <class Element, int K, class GateElement, KdaGate kGate, int kGroups>
@@ -55,19 +56,19 @@ __global__ void __launch_bounds__(512, 1) kda_fused(const __grid_constant__ KdaA
   using Shared = ScanShared<K, kGroups * 64, 12>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
-  init_stages<Shared::kStages>(base + Shared::kBarriers, 1, 4 * kGroups);
-  const ScanWork work = scan_work<kGroups * 64>(args, blockIdx.x);
+  init_stages<Shared::kStages>(base + Shared::kBarriers, 32, 128 * kGroups);
+  const ScanWork work = scan_work<kGroups * 64>(args, blockIdx.x, args.value_dim, 1);
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be the same in the whole warp
   if (warp < 4 * kGroups) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
     StateRows<Element, K> state(args, work, warp * 16);
+    OutRows<Element> out(args, work, warp * 16);
     state.load();
     int stage = 0;
     uint32_t parity = 0;
     for (int c = 0; c < work.sequence.chunks; ++c) {
       const uint32_t place = base + stage * Shared::kStage;
-      scan_chunk(state, c, place, shared + stage * Shared::kStage,
-                 place + Shared::kValues + (warp >> 2) * 2048, warp & 3,
+      scan_chunk(state, out, c, place, place + Shared::kValues + (warp >> 2) * 2048, warp & 3,
                  base + Shared::kBarriers + stage * 16, parity);
       if (++stage == Shared::kStages) {
         stage = 0;
@@ -100,8 +101,7 @@ __global__ void __launch_bounds__(512, 1) kda_fused(const __grid_constant__ KdaA
     __syncwarp();
     image.make();
     async_proxy_fence();
-    __syncwarp();
-    if (image.lane == 0) barrier_arrive(full);
+    barrier_arrive(full);
   }
 }
 

@@ -61,7 +61,10 @@ struct KdaArgs {
   CudaType beta_type;
   bool l2norm, beta_is_logit;
   float beta_scale, lower_bound, scale;
-  uint8_t* images;  // [chunks][HV]
+  uint8_t* images;   // [chunks][HV]
+  int segments;      // that the scan cuts a sequence into
+  float* summaries;  // [N][HV][segments - 1][V + K][K]: what a segment makes of nothing, and of the identity
+  float* starts;     // [N][HV][segments][V][K]: the state before each segment
   CudaStates initial, final;
   void* chunk_states;
   CudaType chunk_state_type;

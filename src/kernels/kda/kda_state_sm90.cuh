@@ -6,23 +6,41 @@
 
 namespace kilin::cuda {
 
-// What a block works on.
+// What a block works on: a segment of a sequence (all of it, where args.segments is 1), some rows of S of a
+// head.
 struct ScanWork {
-  KdaSequence sequence;
-  int number;           // of the sequence
-  int head;             // value head
+  KdaSequence sequence;  // the segment
+  int number;            // of the sequence
+  int head;              // value head
+  int segment;
   int column;           // first row of S
-  int64_t state_chunk;  // chunks of kKdaCudaChunk tokens of the sequences before
+  bool ends;            // with the segment the sequence ends
+  int64_t state_chunk;  // chunks of kKdaCudaChunk tokens before the segment
+
+  __device__ __forceinline__ int64_t pair(const KdaArgs& args) const {
+    return static_cast<int64_t>(number) * args.value_heads + head;
+  }
+  template <int K>
+  __device__ __forceinline__ float* summary(const KdaArgs& args) const {
+    return args.summaries + (pair(args) * (args.segments - 1) + segment) * (args.value_dim + K) * K;
+  }
+  template <int K>
+  __device__ __forceinline__ float* start(const KdaArgs& args, int of_segment) const {
+    return args.starts + (pair(args) * args.segments + of_segment) * args.value_dim * K;
+  }
 };
 
-// The index-th part of kRows rows of all states.
+// The index-th part of kRows of `rows` rows of the first `segments` segments of all sequences.
 template <int kRows>
-__device__ __forceinline__ ScanWork scan_work(const KdaArgs& args, int index) {
-  const int parts = args.value_dim / kRows;
+__device__ __forceinline__ ScanWork scan_work(const KdaArgs& args, int index, int rows, int segments) {
+  const int parts = rows / kRows;
   ScanWork work;
   work.column = index % parts * kRows;
-  work.head = index / parts % args.value_heads;
-  work.number = index / parts / args.value_heads;
+  index /= parts;
+  work.segment = index % segments;
+  index /= segments;
+  work.head = index % args.value_heads;
+  work.number = index / args.value_heads;
   work.sequence = kda_sequence(args.layout, work.number);
   work.state_chunk = 0;
   if (args.chunk_states != nullptr) {
@@ -34,6 +52,18 @@ __device__ __forceinline__ ScanWork scan_work(const KdaArgs& args, int index) {
             (args.layout.starts[n + 1] - args.layout.starts[n] + kKdaCudaChunk - 1) / kKdaCudaChunk;
     }
   }
+  // Segments begin where chunk states are kept.
+  constexpr int kEvery = kKdaCudaChunk / kChunk;
+  const int chunks = work.sequence.chunks,
+            size = (chunks + args.segments * kEvery - 1) / (args.segments * kEvery) * kEvery;
+  const int begin = min(work.segment * size, chunks), end = min(begin + size, chunks);
+  work.ends = end == chunks && (begin < end || work.segment == 0);
+  work.state_chunk += begin / kEvery;
+  work.sequence.first += static_cast<int64_t>(begin) * kChunk;
+  work.sequence.length = min(work.sequence.length - static_cast<int64_t>(begin) * kChunk,
+                             static_cast<int64_t>(end - begin) * kChunk);
+  work.sequence.chunk += begin;
+  work.sequence.chunks = end - begin;
   return work;
 }
 
@@ -78,17 +108,65 @@ __device__ __forceinline__ void init_stages(uint32_t barriers, uint32_t producer
   __syncthreads();
 }
 
+// A kernel argument, or what follows from one, or (with `lane` its own lane) a lane's constant, that the
+// assembler would otherwise read from constant memory again for every chunk, and wait for.
+__device__ __forceinline__ uint32_t kept_in_register(uint32_t x, int lane = 0) {
+  return __shfl_sync(~0u, x, lane);
+}
+__device__ __forceinline__ int64_t kept_in_register(int64_t x) { return __shfl_sync(~0u, x, 0); }
+
+// Address of this warp's 16 columns of v (`part` of the 4 in a tile of 64), for ldmatrix and stmatrix
+// transposed.
+__device__ __forceinline__ uint32_t values_block(uint32_t values, int part) {
+  const int lane = threadIdx.x & 31;
+  return values + swizzled<16>((lane & 7) + 8 * (lane >> 4), 2 * part + ((lane >> 3) & 1));
+}
+
+// Where a lane stores what a warp computes of out: 16 bytes of token lane / 2 of a chunk, from `lag` chunks
+// before the first, of which nothing is stored.
+template <class Element>
+struct OutRows {
+  Element* out;
+  int64_t step;  // elements from one chunk to the next
+  int64_t token, length;
+
+  __device__ __forceinline__ OutRows(const KdaArgs& args, const ScanWork& work, int row, int lag = 0)
+      : step(kept_in_register(kChunk * args.out_stride)),
+        token(static_cast<int>((threadIdx.x & 31) >> 1) - lag * kChunk),
+        length(work.sequence.length) {
+    out = static_cast<Element*>(args.out) + (work.sequence.first + token) * args.out_stride +
+          work.head * args.value_dim + work.column + row + (threadIdx.x & 1) * 8;
+  }
+
+  // Stores and moves on to the next chunk.
+  __device__ __forceinline__ void put(const uint4& x) {
+    if (static_cast<uint64_t>(token) < static_cast<uint64_t>(length)) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(out), "r"(x.x), "r"(x.y), "r"(x.z),
+                   "r"(x.w)
+                   : "memory");
+    }
+    out += step;
+    token += kChunk;
+  }
+
+  // out^T of 16 rows x 16 tokens, through this warp's columns of the place of v.
+  __device__ __forceinline__ void put_transposed(const float (&x)[8], uint32_t values, int part) {
+    const int lane = threadIdx.x & 31;
+    stmatrix_trans(values_block(values, part), pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]),
+                   pack<Element>(x[4], x[5]), pack<Element>(x[6], x[7]));
+    __syncwarp();
+    put(load_shared_16(values + swizzled<16>(lane >> 1, 2 * part + (lane & 1))));
+  }
+};
+
 // 16 rows of S of one warp in accumulator layout: s[4 n + 2 half + e] = S[row g + 8 half][8 n + 2t + e].
 template <class Element, int K>
 struct StateRows {
   const KdaArgs& args;
   const ScanWork& work;
   int lane, g, t;
-  int column;           // first row of S
-  uint32_t keep;        // whether states before chunks are kept
-  Element* out;         // where this lane stores out of the chunk: 16 bytes of token lane / 2
-  int64_t out_step;     // elements from one chunk to the next
-  int64_t tokens_left;  // from the lane's token of the chunk to the end of the sequence
+  int column;     // first row of S
+  uint32_t keep;  // whether states before chunks are kept
   float s[K / 2];
 
   __device__ __forceinline__ StateRows(const KdaArgs& arguments, const ScanWork& scan, int row)
@@ -97,14 +175,8 @@ struct StateRows {
         lane(threadIdx.x & 31),
         g(lane >> 2),
         t(lane & 3),
-        column(scan.column + row),
-        out(static_cast<Element*>(arguments.out) +
-            (scan.sequence.first + (lane >> 1)) * arguments.out_stride + scan.head * arguments.value_dim +
-            column + (lane & 1) * 8),
-        out_step(kChunk * arguments.out_stride),
-        tokens_left(scan.sequence.length - (lane >> 1)) {
-    // In a register: otherwise the question is asked of the constant memory again before every chunk.
-    asm volatile("mov.u32 %0, %1;" : "=r"(keep) : "r"(arguments.chunk_states != nullptr ? 1u : 0u));
+        column(scan.column + row) {
+    keep = kept_in_register(arguments.chunk_states != nullptr ? 1u : 0u);
   }
 
   // Place of row g + 8 half, columns 8 n + 2t of the state of a slot.
@@ -113,9 +185,39 @@ struct StateRows {
            8 * n + 2 * t;
   }
 
-  __device__ __forceinline__ void load() {
+  __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int i = 0; i < K / 2; ++i) s[i] = 0.0f;
+  }
+
+  // Rows of the identity, from `row` on.
+  __device__ __forceinline__ void load_identity(int row) {
+#pragma unroll
+    for (int i = 0; i < K / 2; ++i) {
+      const int own = row + g + 8 * ((i >> 1) & 1), channel = 8 * (i >> 2) + 2 * t + (i & 1);
+      s[i] = own == channel ? 1.0f : 0.0f;
+    }
+  }
+
+  // Rows of a matrix [..][K], from `row` on.
+  __device__ __forceinline__ void load_rows(const float* from, int row) {
+#pragma unroll
+    for (int i = 0; i < K / 4; ++i) {
+      const float2 pair =
+          *reinterpret_cast<const float2*>(from + (row + g + 8 * (i & 1)) * K + 8 * (i >> 1) + 2 * t);
+      s[2 * i] = pair.x;
+      s[2 * i + 1] = pair.y;
+    }
+  }
+  __device__ __forceinline__ void store_rows(float* to, int row) const {
+#pragma unroll
+    for (int i = 0; i < K / 4; ++i)
+      *reinterpret_cast<float2*>(to + (row + g + 8 * (i & 1)) * K + 8 * (i >> 1) + 2 * t) = {s[2 * i],
+                                                                                             s[2 * i + 1]};
+  }
+
+  __device__ __forceinline__ void load() {
+    clear();
     if (args.initial.data == nullptr) return;
     const int64_t slot = args.initial.slots != nullptr ? args.initial.slots[work.number] : work.number;
     if (slot < 0) return;
@@ -148,7 +250,7 @@ struct StateRows {
   }
 
   __device__ __forceinline__ void store_final() const {
-    if (args.final.data == nullptr) return;
+    if (args.final.data == nullptr || !work.ends) return;
     const int64_t slot = args.final.slots != nullptr ? args.final.slots[work.number] : work.number;
     if (slot >= 0) store(args.final.data, args.final.type, slot, args.final.slot_stride);
   }
@@ -170,46 +272,16 @@ struct StateRows {
     }
   }
 
-  __device__ __forceinline__ void decay(const uint8_t* factors) {
-    const float4* by = reinterpret_cast<const float4*>(factors) + t;
-#pragma unroll
-    for (int i = 0; i < K / 16; ++i) {
-      const float4 f = by[4 * i];
-      s[8 * i] *= f.x;
-      s[8 * i + 1] *= f.y;
-      s[8 * i + 2] *= f.x;
-      s[8 * i + 3] *= f.y;
-      s[8 * i + 4] *= f.z;
-      s[8 * i + 5] *= f.w;
-      s[8 * i + 6] *= f.z;
-      s[8 * i + 7] *= f.w;
-    }
-  }
-
-  // Address of this warp's 16 columns of v (`part` of the 4 in a tile of 64), for ldmatrix and stmatrix
-  // transposed.
-  __device__ __forceinline__ uint32_t values_block(uint32_t values, int part) const {
-    return values + swizzled<16>((lane & 7) + 8 * (lane >> 4), 2 * part + ((lane >> 3) & 1));
-  }
-
-  // out^T (16 rows x 16 tokens) through this warp's columns of the place of v, 32 bytes per token; then to
-  // the next chunk.
-  __device__ __forceinline__ void store_out(const float (&x)[8], uint32_t values, int part) {
-    stmatrix_trans(values_block(values, part), pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]),
-                   pack<Element>(x[4], x[5]), pack<Element>(x[6], x[7]));
-    __syncwarp();
-    uint4 row;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(row.x), "=r"(row.y), "=r"(row.z), "=r"(row.w)
-                 : "r"(values + swizzled<16>(lane >> 1, 2 * part + (lane & 1)))
-                 : "memory");
-    if (tokens_left > 0) {
-      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(out), "r"(row.x), "r"(row.y), "r"(row.z),
-                   "r"(row.w)
-                   : "memory");
-    }
-    out += out_step;
-    tokens_left -= kChunk;
+  // By the factors of step i of 16 channels.
+  __device__ __forceinline__ void decay(int i, const float4& f) {
+    s[8 * i] *= f.x;
+    s[8 * i + 1] *= f.y;
+    s[8 * i + 2] *= f.x;
+    s[8 * i + 3] *= f.y;
+    s[8 * i + 4] *= f.z;
+    s[8 * i + 5] *= f.w;
+    s[8 * i + 6] *= f.z;
+    s[8 * i + 7] *= f.w;
   }
 };
 

@@ -65,13 +65,13 @@ inline CudaType cuda_type(const char* name, const Tensor& tensor) {
   }
 }
 
-// What both kernels' parameters have in common.
+// What the kernels' parameters have in common. float32: whether the kernel takes q in float32.
 template <class Params>
-Params cuda_params(const Inputs& in, const Shape& shape, const Tensor& out) {
+Params cuda_params(const Inputs& in, const Shape& shape, const Tensor& out, bool float32 = false) {
   check_type("k", in.k, in.q.scalar_type());
   check_type("v", in.v, in.q.scalar_type());
-  check(in.q.scalar_type() != ScalarType::Float,
-        "kda: q is float32, but the CUDA kernels take bfloat16 and float16");
+  check(float32 || in.q.scalar_type() != ScalarType::Float,
+        "kda: q is float32, but the chunked CUDA kernels and the backward pass take bfloat16 and float16");
   Params p;
   p.heads = static_cast<int>(shape.heads);
   p.value_heads = static_cast<int>(shape.value_heads);

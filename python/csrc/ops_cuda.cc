@@ -7,6 +7,7 @@
 #include "cuda.h"
 #include "kernels/kda/kda_cuda.h"
 #include "kernels/kda/kda_decode_cuda.h"
+#include "kernels/kda/kda_recurrent_cuda.h"
 
 namespace kilin::torch_ops {
 namespace {
@@ -28,8 +29,16 @@ void run_chunked(const Inputs& in, const Shape& shape, const Tensor& out, const 
   kda_chunk_cuda(params, workspace.data_ptr(), static_cast<size_t>(bytes), current_stream(in.q.get_device()));
 }
 
+// Token by token: the decode step where it has the shape, else the plain recurrence.
 void run_recurrent(const Inputs& in, const Shape& shape, const Tensor& out, const CudaStates& initial,
                    const CudaStates& final) {
+  const bool has_step = shape.key_dim == shape.value_dim && (shape.key_dim == 64 || shape.key_dim == 128);
+  if (!has_step || in.q.scalar_type() == ScalarType::Float) {
+    auto params = cuda_params<KdaCudaParams>(in, shape, out, true);
+    params.initial = initial;
+    params.final = final;
+    return kda_recurrent_cuda(params, current_stream(in.q.get_device()));
+  }
   auto params = cuda_params<KdaDecodeCudaParams>(in, shape, out);
   params.initial = initial;
   params.final = final;
@@ -63,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> kda_gpu(
   if (shape.tokens() == 0) {
     if (want_state && initial_state) torch::stable::copy_(state, *initial_state);
     if (want_state && !initial_state) torch::stable::zero_(state);
-  } else if (form == kRecurrentForm && shape.key_dim == shape.value_dim && chunk_states == 0) {
+  } else if (form == kRecurrentForm && chunk_states == 0) {
     run_recurrent(in, shape, out, initial, final);
   } else {
     run_chunked(in, shape, out, initial, final, kept);

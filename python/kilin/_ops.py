@@ -53,6 +53,12 @@ def padded(size):
     return 64 if size <= 64 else 128
 
 
+def recurrent_as_is(q, v):
+    """Whether token by token on CUDA the plain recurrence runs, which takes these head dimensions as they are, and not
+    the decode step, which needs K = V of 64 or 128."""
+    return q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128 or padded(q.shape[-1]) != padded(v.shape[-1])
+
+
 def pad(x, size):
     """x with zeros behind its last dimension up to size."""
     return x if x is None or x.shape[-1] == size else torch.nn.functional.pad(x, (0, size - x.shape[-1]))
@@ -127,8 +133,9 @@ def evenly_spaced(x):
     return x
 
 
-def prepare(q, k, v, gate, beta, a_log, dt_bias, gate_kind, beta_is_logit, beta_scale):
-    """The tensors as the operators take them: float32 on the CPU, unchanged on the GPU, tokens evenly spaced.
+def prepare(q, k, v, gate, beta, a_log, dt_bias, gate_kind, beta_is_logit, beta_scale, float32=False):
+    """The tensors as the operators take them: float32 on the CPU, unchanged on the GPU, tokens evenly spaced. float32:
+    whether the GPU's kernel takes q in float32.
     Returns them with (beta_is_logit, beta_scale). Differentiable."""
     _library.require_device(q)
     if gate_kind == NONE:
@@ -145,8 +152,9 @@ def prepare(q, k, v, gate, beta, a_log, dt_bias, gate_kind, beta_is_logit, beta_
         if beta_scale != 1.0:
             beta = beta_scale * (torch.sigmoid(beta) if beta_is_logit else beta)
             beta_is_logit, beta_scale = False, 1.0
-    elif q.dtype == torch.float32:
-        raise TypeError("kilin: q is float32, but the CUDA kernels take bfloat16 and float16")
+    elif q.dtype == torch.float32 and not float32:
+        raise TypeError("kilin: q is float32, but the CUDA kernels take bfloat16 and float16 (fused_recurrent_kda, token "
+                        "by token and without a gradient, takes float32 too)")
     elif gate.dtype not in (q.dtype, torch.float32):
         gate = gate.to(torch.float32)
     q, k, v, gate, beta = (evenly_spaced(x) for x in (q, k, v, gate, beta))
@@ -165,7 +173,7 @@ def kda(q, k, v, gate, beta, *, a_log=None, dt_bias=None, scale=None, initial_st
     dtype = q.dtype
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v, gate, beta, a_log, dt_bias, beta_is_logit, beta_scale = prepare(
-        q, k, v, gate, beta, a_log, dt_bias, gate_kind, beta_is_logit, beta_scale)
+        q, k, v, gate, beta, a_log, dt_bias, gate_kind, beta_is_logit, beta_scale, float32=form == RECURRENT)
     if initial_state is not None:
         initial_state = initial_state.to(torch.float32).contiguous()
     out, state, kept = kda_op(q, k, v, gate, beta, a_log, dt_bias, initial_state, cu_seqlens, scale, gate_kind,

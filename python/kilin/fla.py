@@ -80,7 +80,8 @@ def _run(q, k, v, g, beta, *, A_log, dt_bias, scale, initial_state, cu_seqlens, 
     scale = key_dim ** -0.5 if scale is None else scale
     if initial_state is not None and not state_v_first:
         initial_state = initial_state.transpose(-1, -2)
-    if q.is_cuda and (_ops.padded(key_dim), _ops.padded(value_dim)) != (key_dim, value_dim):
+    as_is = not q.is_cuda or (form == _ops.RECURRENT and _ops.recurrent_as_is(q, v))
+    if not as_is and (_ops.padded(key_dim), _ops.padded(value_dim)) != (key_dim, value_dim):
         # Zeros in q and k leave their norms and all products as they are; channels added to v stay by themselves.
         keys, values = _ops.padded(key_dim), _ops.padded(value_dim)
         q, k, g, v = _ops.pad(q, keys), _ops.pad(k, keys), _ops.pad(g, keys), _ops.pad(v, values)
@@ -168,8 +169,8 @@ def fused_recurrent_kda(q, k, v, g, beta, A_log=None, dt_bias=None, scale=None, 
                         output_final_state=False, use_qk_l2norm_in_kernel=False, use_gate_in_kernel=False,
                         use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, lower_bound=None,
                         state_v_first=False, cu_seqlens=None, **kwargs):
-    """FLA's fused_recurrent_kda, token by token. Shapes as chunk_kda; on the GPU, where K is not V after rounding up to
-    64 or 128, in chunks, which is the same function. The state of an empty sequence is its initial state (FLA leaves it
+    """FLA's fused_recurrent_kda, token by token. Shapes as chunk_kda; on the GPU also float32 and head dimensions up to
+    256, then without a gradient. The state of an empty sequence is its initial state (FLA leaves it
     undefined)."""
     state_v_first = _pop_transpose(kwargs, state_v_first)
     _refuse_unknown("fused_recurrent_kda", kwargs)

@@ -82,7 +82,7 @@ bool fused(const KdaCudaParams& p) {
 // Into how many segments the scan cuts each sequence: as many as fill the chip with blocks of kSegmentRows
 // rows. Segments cost twice the products and loads of a scan, so they pay from four on, and for sequences
 // that are long.
-constexpr int kSegmentRows = 64, kMostSegments = 16, kLeastSegmentChunks = 32;
+constexpr int kSegmentRows = 64, kMostSegments = 16, kLeastSegmentChunks = 64;
 int segments(const KdaCudaParams& p) {
   const int64_t blocks =
       std::max<int64_t>(1, static_cast<int64_t>(p.sequences) * p.value_heads * (p.value_dim / kSegmentRows));

@@ -25,22 +25,17 @@ void check_states(const CudaStates& states, const char* name, const KdaCudaParam
   check(states.type == CudaType::kF32 || states.type == CudaType::kBf16,
         "KDA on the GPU: the {} state must be float32 or bfloat16", name);
   const int64_t size = static_cast<int64_t>(p.value_heads) * p.value_dim * p.key_dim;
-  check(states.slot_stride >= size && states.slot_stride % 2 == 0,
+  check(states.slot_stride >= size && (states.slot_stride % 2 == 0 || p.key_dim % 2 != 0),
         "KDA on the GPU: slot stride of the {} state is {}, expected an even number of at least {}", name,
         states.slot_stride, size);
   check(reinterpret_cast<uintptr_t>(states.data) % 8 == 0,
         "KDA on the GPU: the {} state must be aligned to 8 bytes", name);
 }
 
-}  // namespace
-
-void validate(const KdaCudaParams& p) {
+// What does not depend on the kernel.
+void validate_common(const KdaCudaParams& p) {
   check(p.heads > 0 && p.value_heads > 0 && p.value_heads % p.heads == 0,
         "KDA on the GPU: {} value heads, expected a positive multiple of {} heads", p.value_heads, p.heads);
-  check(p.key_dim == 64 || p.key_dim == 128, "KDA on the GPU: key dimension {}, expected 64 or 128",
-        p.key_dim);
-  check(p.value_dim == 64 || p.value_dim == 128, "KDA on the GPU: value dimension {}, expected 64 or 128",
-        p.value_dim);
   check(p.sequences >= 0, "KDA on the GPU: {} sequences", p.sequences);
   check(p.tokens >= 0 && p.tokens < (int64_t{1} << 40), "KDA on the GPU: {} tokens", p.tokens);
   if (p.cu_seqlens == nullptr && p.sequences > 0) {
@@ -49,10 +44,6 @@ void validate(const KdaCudaParams& p) {
           p.sequences);
   }
   check(p.sequences > 0 || p.tokens == 0, "KDA on the GPU: {} tokens in no sequence", p.tokens);
-  check(p.type == CudaType::kBf16 || p.type == CudaType::kF16,
-        "KDA on the GPU: q, k and v must be bfloat16 or float16");
-  check(p.gate_type == p.type || p.gate_type == CudaType::kF32,
-        "KDA on the GPU: the gate must be float32 or of the type of q");
   if (p.gate_kind == KdaGate::kBounded)
     check(std::isfinite(p.lower_bound) && p.lower_bound < 0.0f,
           "KDA on the GPU: lower bound {}, expected a negative number", p.lower_bound);
@@ -60,14 +51,42 @@ void validate(const KdaCudaParams& p) {
         "KDA on the GPU: scale {} and beta scale {} must be finite", p.scale, p.beta_scale);
   check_states(p.initial, "initial", p);
   check_states(p.final, "final", p);
+}
+
+// alignment: of the rows of q, k, v, out and a gate of their type.
+void check_all_tokens(const KdaCudaParams& p, int64_t alignment) {
   if (p.tokens == 0) return;
-  check_tokens(p.q, "q", int64_t{p.heads} * p.key_dim, p.type, 16);
-  check_tokens(p.k, "k", int64_t{p.heads} * p.key_dim, p.type, 16);
-  check_tokens(p.v, "v", int64_t{p.value_heads} * p.value_dim, p.type, 16);
+  check_tokens(p.q, "q", int64_t{p.heads} * p.key_dim, p.type, alignment);
+  check_tokens(p.k, "k", int64_t{p.heads} * p.key_dim, p.type, alignment);
+  check_tokens(p.v, "v", int64_t{p.value_heads} * p.value_dim, p.type, alignment);
   check_tokens(p.gate, "gate", int64_t{p.value_heads} * p.key_dim, p.gate_type,
-               p.gate_type == CudaType::kF32 ? 4 : 16);
-  check_tokens(p.beta, "beta", p.value_heads, p.beta_type, p.beta_type == CudaType::kF32 ? 4 : 2);
-  check_tokens({p.out, p.out_stride}, "out", int64_t{p.value_heads} * p.value_dim, p.type, 16);
+               p.gate_type == p.type ? alignment : cuda_size(p.gate_type));
+  check_tokens(p.beta, "beta", p.value_heads, p.beta_type, cuda_size(p.beta_type));
+  check_tokens({p.out, p.out_stride}, "out", int64_t{p.value_heads} * p.value_dim, p.type, alignment);
+}
+
+}  // namespace
+
+void validate(const KdaCudaParams& p) {
+  check(p.key_dim == 64 || p.key_dim == 128, "KDA on the GPU: key dimension {}, expected 64 or 128",
+        p.key_dim);
+  check(p.value_dim == 64 || p.value_dim == 128, "KDA on the GPU: value dimension {}, expected 64 or 128",
+        p.value_dim);
+  check(p.type == CudaType::kBf16 || p.type == CudaType::kF16,
+        "KDA on the GPU: q, k and v must be bfloat16 or float16");
+  check(p.gate_type == p.type || p.gate_type == CudaType::kF32,
+        "KDA on the GPU: the gate must be float32 or of the type of q");
+  validate_common(p);
+  check_all_tokens(p, 16);
+}
+
+void validate_recurrent(const KdaCudaParams& p) {
+  check(p.key_dim >= 1 && p.key_dim <= 256 && p.value_dim >= 1 && p.value_dim <= 256,
+        "KDA on the GPU, token by token: key and value dimension {} and {}, expected 1 to 256", p.key_dim,
+        p.value_dim);
+  check(p.chunk_states == nullptr, "KDA on the GPU, token by token: there are no chunk states");
+  validate_common(p);
+  check_all_tokens(p, cuda_size(p.type));
 }
 
 }  // namespace kilin

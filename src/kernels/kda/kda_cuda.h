@@ -57,8 +57,8 @@ struct KdaCudaParams {
   int64_t out_stride = 0;
 
   // How: both kernels in one block per sequence and head (nothing goes through memory between them); or one
-  // kernel for all chunks in parallel and one for the scan; or the latter with each sequence cut into segments,
-  // which are scanned side by side (docs/math/kda.md). kAuto takes what was measured to be faster.
+  // kernel for all chunks in parallel and one for the scan; or the latter with each sequence cut into
+  // segments, which are scanned side by side (docs/math/kda.md). kAuto takes what was measured to be faster.
   KdaCudaPlan plan = KdaCudaPlan::kAuto;
 };
 
@@ -68,6 +68,7 @@ inline constexpr int kKdaCudaChunk = 64;
 // Throws Error when a dimension, a type, a pointer or a stride does not fit (what is on the device is not
 // read).
 void validate(const KdaCudaParams& params);
+void validate_recurrent(const KdaCudaParams& params);  // for kda_recurrent_cuda
 
 // Bytes of workspace that kda_chunk_cuda needs (256-byte aligned).
 size_t kda_chunk_cuda_workspace(const KdaCudaParams& params);

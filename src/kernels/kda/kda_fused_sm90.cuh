@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(512, 1) kda_fused(const __grid_constant__ KdaA
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
   init_stages<Shared::kStages>(base + Shared::kBarriers, 32, 128 * kGroups);
-  const ScanWork work = scan_work<kGroups * 64>(args, blockIdx.x, args.value_dim, 1);
+  const ScanWork work = scan_work<kGroups * 64, true>(args, blockIdx.x, args.value_dim);
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be the same in the whole warp
   if (warp < 4 * kGroups) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");

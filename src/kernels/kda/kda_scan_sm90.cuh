@@ -59,6 +59,8 @@ struct ScanWarp {
     key_base = Image::kKeys + (lane & 15) * 128 + ((lane >> 4) ^ (lane & 7)) * 16;
     square_base = (lane >> 4) * 256 + ((lane >> 3) & 1) * 128 + (lane & 7) * 16;
     value_base = values_block(Shared::kValues + (number >> 2) * 2048, number & 3);
+    out.step = kept_in_register(out.step);
+    state.keep = kept_in_register(state.keep);
     row_base = kept_in_register(row_base, lane);
     key_base = kept_in_register(key_base, lane);
     square_base = kept_in_register(square_base, lane);
@@ -141,7 +143,7 @@ struct ScanWarp {
       }
       mma<Element>(sum[0], written, p[0], p[1]);
       mma<Element>(sum[1], written, p[2], p[3]);
-      out.put(row);
+      out.put(row, c > 0);
       stage(sum);
     }
     barrier_arrive(full + 8);
@@ -200,7 +202,7 @@ struct ScanWarp {
     if constexpr (kSummary) {
       state.store_rows(state.work.template summary<K>(state.args), state.column);
     } else {
-      out.put(load_shared_16(staged + lane * 16));
+      out.put(load_shared_16(staged + lane * 16), chunks > 0);
       state.store_final();
     }
   }
@@ -258,7 +260,7 @@ __global__ void __launch_bounds__(kStartRows * 32) kda_starts(const __grid_const
   __shared__ float row[kStartRows][K];
   grid_wait();
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  ScanWork work = scan_work<kStartRows>(args, blockIdx.x, args.value_dim, 1);
+  ScanWork work = scan_work<kStartRows, true>(args, blockIdx.x, args.value_dim);
   const int v = work.column + warp;
   float s[kOwn] = {};
   for (work.segment = 0; work.segment < args.segments - 1; ++work.segment) {

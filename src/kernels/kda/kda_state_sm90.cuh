@@ -30,15 +30,16 @@ struct ScanWork {
   }
 };
 
-// The index-th part of kRows of `rows` rows of the first `segments` segments of all sequences.
-template <int kRows>
-__device__ __forceinline__ ScanWork scan_work(const KdaArgs& args, int index, int rows, int segments) {
+// The index-th part of kRows of `rows` rows of the first `segments` segments of all sequences; with kWhole,
+// sequences are not cut.
+template <int kRows, bool kWhole = false>
+__device__ __forceinline__ ScanWork scan_work(const KdaArgs& args, int index, int rows, int segments = 1) {
   const int parts = rows / kRows;
   ScanWork work;
   work.column = index % parts * kRows;
   index /= parts;
-  work.segment = index % segments;
-  index /= segments;
+  work.segment = kWhole ? 0 : index % segments;
+  if (!kWhole) index /= segments;
   work.head = index % args.value_heads;
   work.number = index / args.value_heads;
   work.sequence = kda_sequence(args.layout, work.number);
@@ -52,6 +53,8 @@ __device__ __forceinline__ ScanWork scan_work(const KdaArgs& args, int index, in
             (args.layout.starts[n + 1] - args.layout.starts[n] + kKdaCudaChunk - 1) / kKdaCudaChunk;
     }
   }
+  work.ends = true;
+  if (kWhole) return work;
   // Segments begin where chunk states are kept.
   constexpr int kEvery = kKdaCudaChunk / kChunk;
   const int chunks = work.sequence.chunks,
@@ -123,30 +126,30 @@ __device__ __forceinline__ uint32_t values_block(uint32_t values, int part) {
 }
 
 // Where a lane stores what a warp computes of out: 16 bytes of token lane / 2 of a chunk, from `lag` chunks
-// before the first, of which nothing is stored.
+// before the first.
 template <class Element>
 struct OutRows {
   Element* out;
-  int64_t step;  // elements from one chunk to the next
-  int64_t token, length;
+  int64_t step;         // elements from one chunk to the next
+  int64_t tokens_left;  // from the lane's token of the chunk to the end of the sequence
 
   __device__ __forceinline__ OutRows(const KdaArgs& args, const ScanWork& work, int row, int lag = 0)
-      : step(kept_in_register(kChunk * args.out_stride)),
-        token(static_cast<int>((threadIdx.x & 31) >> 1) - lag * kChunk),
-        length(work.sequence.length) {
+      : step(kChunk * args.out_stride) {
+    const int64_t token = static_cast<int>((threadIdx.x & 31) >> 1) - lag * kChunk;
+    tokens_left = work.sequence.length - token;
     out = static_cast<Element*>(args.out) + (work.sequence.first + token) * args.out_stride +
           work.head * args.value_dim + work.column + row + (threadIdx.x & 1) * 8;
   }
 
-  // Stores and moves on to the next chunk.
-  __device__ __forceinline__ void put(const uint4& x) {
-    if (static_cast<uint64_t>(token) < static_cast<uint64_t>(length)) {
+  // Stores, if there is such a token, and moves on to the next chunk.
+  __device__ __forceinline__ void put(const uint4& x, bool there) {
+    if (there && tokens_left > 0) {
       asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(out), "r"(x.x), "r"(x.y), "r"(x.z),
                    "r"(x.w)
                    : "memory");
     }
     out += step;
-    token += kChunk;
+    tokens_left -= kChunk;
   }
 
   // out^T of 16 rows x 16 tokens, through this warp's columns of the place of v.
@@ -155,7 +158,7 @@ struct OutRows {
     stmatrix_trans(values_block(values, part), pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]),
                    pack<Element>(x[4], x[5]), pack<Element>(x[6], x[7]));
     __syncwarp();
-    put(load_shared_16(values + swizzled<16>(lane >> 1, 2 * part + (lane & 1))));
+    put(load_shared_16(values + swizzled<16>(lane >> 1, 2 * part + (lane & 1))), true);
   }
 };
 
@@ -176,7 +179,7 @@ struct StateRows {
         g(lane >> 2),
         t(lane & 3),
         column(scan.column + row) {
-    keep = kept_in_register(arguments.chunk_states != nullptr ? 1u : 0u);
+    keep = arguments.chunk_states != nullptr ? 1u : 0u;
   }
 
   // Place of row g + 8 half, columns 8 n + 2t of the state of a slot.

@@ -4,7 +4,7 @@
 list(APPEND CMAKE_PREFIX_PATH /usr/local/cuda)
 find_program(CMAKE_CUDA_COMPILER nvcc HINTS /usr/local/cuda/bin REQUIRED)
 if(KILIN_CCACHE)
-  set(CMAKE_CUDA_COMPILER_LAUNCHER ${KILIN_CCACHE})
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${KILIN_CCACHE_LAUNCHER})
 endif()
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # flags below instead: CMake 3.25 knows neither 90a nor C++20 of this nvcc
 enable_language(CUDA)

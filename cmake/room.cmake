@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # kilin_room(name SOURCES f... [ISA_SOURCES f...] [AMX_SOURCES f...] [TESTS f...] [ROOMS r...] [LIBS l...])
 # One static library per room, linked to just the rooms it may look into; its tests sit beside the sources and
-# make one GoogleTest program. tools/check_rooms.py checks the includes against the same list.
+# make one GoogleTest program. COMPUTING_TESTS: the tests compute much themselves (references in double), and keep
+# the optimisation of the build. tools/check_rooms.py checks the includes against the same list.
 function(kilin_room name)
-  cmake_parse_arguments(ROOM "" "" "SOURCES;ISA_SOURCES;AMX_SOURCES;TESTS;ROOMS;LIBS;TEST_LIBS" ${ARGN})
+  cmake_parse_arguments(ROOM "COMPUTING_TESTS" "" "SOURCES;ISA_SOURCES;AMX_SOURCES;TESTS;ROOMS;LIBS;TEST_LIBS" ${ARGN})
   add_library(kilin_${name} STATIC ${ROOM_SOURCES})
   target_include_directories(kilin_${name} PUBLIC ${CMAKE_SOURCE_DIR}/src)
   target_link_libraries(kilin_${name} PRIVATE kilin_flags PUBLIC ${KILIN_FMT} Threads::Threads ${ROOM_LIBS})
@@ -19,6 +20,9 @@ function(kilin_room name)
   if(KILIN_TESTS AND ROOM_TESTS)
     add_executable(kilin_${name}_test ${ROOM_TESTS})
     target_link_libraries(kilin_${name}_test PRIVATE kilin_${name} kilin_flags GTest::gtest_main ${ROOM_TEST_LIBS})
+    if(NOT ROOM_COMPUTING_TESTS)
+      target_compile_options(kilin_${name}_test PRIVATE ${KILIN_UNIT_TEST_FLAGS})
+    endif()
     target_compile_definitions(kilin_${name}_test PRIVATE KILIN_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
     gtest_discover_tests(kilin_${name}_test TEST_PREFIX "${name}/" DISCOVERY_TIMEOUT 60 PROPERTIES TIMEOUT 600)
   endif()

@@ -47,21 +47,21 @@ int run_bandwidth(const BenchOptions& options) {
   return 0;
 }
 
-Command add_bench_bandwidth(CLI::App& parent) {
+Command add_bench_bandwidth(const App& parent) {
   const auto options = std::make_shared<BenchOptions>();
-  CLI::App* app = parent.add_subcommand("bandwidth", "what this machine can do: memory reads, multiply-adds");
-  add_threads_option(*app, options->threads);
-  app->add_flag("--json", options->json, "print one JSON object");
+  const App app = parent.add_subcommand("bandwidth", "what this machine can do: memory reads, multiply-adds");
+  add_threads_option(app, options->threads);
+  app.add_flag("--json", options->json, "print one JSON object");
   return {app, [options] { return run_bandwidth(*options); }};
 }
 
 }  // namespace
 
-void add_bench_options(CLI::App& app, BenchOptions& options) {
+void add_bench_options(const App& app, BenchOptions& options) {
   app.add_option("--repeat", options.repeat, "measure this many times")
-      ->type_name("R")
-      ->check(in_range(1, 10000, "a whole number from 1 to 10000"))
-      ->capture_default_str();
+      .type_name("R")
+      .check(in_range(1, 10000, "a whole number from 1 to 10000"))
+      .capture_default_str();
   app.add_flag("--json", options.json, "print one JSON object");
 }
 
@@ -97,12 +97,12 @@ std::string describe(const Machine& machine) {
                      isa_name(active_isa()), machine.threads, machine.threads == 1 ? "" : "s");
 }
 
-Command add_bench(CLI::App& parent) {
-  CLI::App* app = parent.add_subcommand("bench", "measure speed, and the share of what the machine can do");
-  app->footer(kFooter);
-  app->require_subcommand(1);
-  const std::vector<Command> benchmarks{add_bench_prefill(*app), add_bench_decode(*app), add_bench_kda(*app),
-                                        add_bench_mla(*app), add_bench_bandwidth(*app)};
+Command add_bench(const App& parent) {
+  const App app = parent.add_subcommand("bench", "measure speed, and the share of what the machine can do");
+  app.footer(kFooter);
+  app.require_subcommand(1);
+  const std::vector<Command> benchmarks{add_bench_prefill(app), add_bench_decode(app), add_bench_kda(app),
+                                        add_bench_mla(app), add_bench_bandwidth(app)};
   return {app, [benchmarks] { return run_chosen(benchmarks); }};
 }
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the benchmarks share: their options, repeated timing, what the machine can do.
 #pragma once
-#include <CLI/CLI.hpp>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -17,7 +16,7 @@ struct BenchOptions {
   bool json = false;
 };
 
-void add_bench_options(CLI::App& app, BenchOptions& options);
+void add_bench_options(const App& app, BenchOptions& options);
 int threads_of(const BenchOptions& options);  // as given, or the physical cores
 
 // Rates, work per second, of the repeats of one measurement.
@@ -40,9 +39,9 @@ struct Machine {
 Machine probe_machine(int threads, bool pin = false);
 std::string describe(const Machine& machine);
 
-Command add_bench_prefill(CLI::App& parent);
-Command add_bench_decode(CLI::App& parent);
-Command add_bench_kda(CLI::App& parent);
-Command add_bench_mla(CLI::App& parent);
+Command add_bench_prefill(const App& parent);
+Command add_bench_decode(const App& parent);
+Command add_bench_kda(const App& parent);
+Command add_bench_mla(const App& parent);
 
 }  // namespace kilin::cli

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <functional>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
@@ -260,22 +261,22 @@ int run(const KdaBenchOptions& options) {
 
 }  // namespace
 
-Command add_bench_kda(CLI::App& parent) {
+Command add_bench_kda(const App& parent) {
   const auto options = std::make_shared<KdaBenchOptions>();
-  CLI::App* app = parent.add_subcommand("kda", "the KDA operator alone, chunked and token by token");
-  app->footer(kFooter);
+  const App app = parent.add_subcommand("kda", "the KDA operator alone, chunked and token by token");
+  app.footer(kFooter);
   const auto add = [&](const char* name, int& value, double high, const char* text) {
-    app->add_option(name, value, text)
-        ->type_name("N")
-        ->check(in_range(1, high, fmt::format("a whole number from 1 to {:.0f}", high)))
-        ->capture_default_str();
+    app.add_option(name, value, text)
+        .type_name("N")
+        .check(in_range(1, high, fmt::format("a whole number from 1 to {:.0f}", high)))
+        .capture_default_str();
   };
   add("--tokens", options->tokens, 1 << 20, "length of the sequence");
   add("--heads", options->heads, 1024, "heads");
   add("--dim", options->dim, 256, "width of keys and values per head");
-  app->add_flag("--backward", options->backward, "the gradients as well");
-  add_bench_options(*app, options->bench);
-  add_threads_option(*app, options->bench.threads);
+  app.add_flag("--backward", options->backward, "the gradients as well");
+  add_bench_options(app, options->bench);
+  add_threads_option(app, options->bench.threads);
   return {app, [options] { return run(*options); }};
 }
 

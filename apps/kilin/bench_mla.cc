@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <new>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
@@ -224,15 +225,15 @@ int run(const MlaBenchOptions& options) {
 
 }  // namespace
 
-Command add_bench_mla(CLI::App& parent) {
+Command add_bench_mla(const App& parent) {
   const auto options = std::make_shared<MlaBenchOptions>();
-  CLI::App* app = parent.add_subcommand("mla", "latent attention alone, over a cache of some depth");
-  app->footer(kFooter);
+  const App app = parent.add_subcommand("mla", "latent attention alone, over a cache of some depth");
+  app.footer(kFooter);
   const auto add = [&](const char* name, int& value, double low, double high, const char* text) {
-    app->add_option(name, value, text)
-        ->type_name("N")
-        ->check(in_range(low, high, fmt::format("a whole number from {:.0f} to {:.0f}", low, high)))
-        ->capture_default_str();
+    app.add_option(name, value, text)
+        .type_name("N")
+        .check(in_range(low, high, fmt::format("a whole number from {:.0f} to {:.0f}", low, high)))
+        .capture_default_str();
   };
   add("--heads", options->heads, 1, 1024, "heads");
   add("--depth", options->depth, 0, 1 << 24, "tokens in the cache");
@@ -241,16 +242,16 @@ Command add_bench_mla(CLI::App& parent) {
   add("--rope", options->rope, 0, 1024, "width of the keys that heads share");
   add("--value", options->value, 1, 1024, "width of a head's values");
   add("--latent", options->latent, 1, 4096, "width of the latent");
-  app->add_option("--cache-type", options->cache_type, "f16 or f32")
-      ->type_name("TYPE")
-      ->check(CLI::IsMember({"f16", "f32"}).description(""))
-      ->capture_default_str();
-  app->add_option("--order", options->order, "auto (as the engine chooses), absorbed or expanded")
-      ->type_name("NAME")
-      ->check(CLI::IsMember({"auto", "absorbed", "expanded"}).description(""))
-      ->capture_default_str();
-  add_bench_options(*app, options->bench);
-  add_threads_option(*app, options->bench.threads);
+  app.add_option("--cache-type", options->cache_type, "f16 or f32")
+      .type_name("TYPE")
+      .check(one_of({"f16", "f32"}))
+      .capture_default_str();
+  app.add_option("--order", options->order, "auto (as the engine chooses), absorbed or expanded")
+      .type_name("NAME")
+      .check(one_of({"auto", "absorbed", "expanded"}))
+      .capture_default_str();
+  add_bench_options(app, options->bench);
+  add_threads_option(app, options->bench.threads);
   return {app, [options] { return run(*options); }};
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
@@ -227,47 +228,47 @@ int run_decode(const ModelBenchOptions& options) {
   return 0;
 }
 
-void add_model_bench_options(CLI::App& app, ModelBenchOptions& options) {
+void add_model_bench_options(const App& app, ModelBenchOptions& options) {
   app.add_option("MODEL", options.model.path, "Hugging Face directory or GGUF file of a Kimi Linear model");
   app.add_option("--config", options.config,
                  "instead of MODEL: random weights in the shape of this config.json")
-      ->type_name("FILE");
+      .type_name("FILE");
   app.add_option("--tokens", options.tokens, "tokens to measure over")
-      ->type_name("N")
-      ->check(in_range(1, 0x1p31 - 1, "a whole number from 1"))
-      ->capture_default_str();
+      .type_name("N")
+      .check(in_range(1, 0x1p31 - 1, "a whole number from 1"))
+      .capture_default_str();
   add_bench_options(app, options.bench);
   add_threads_option(app, options.bench.threads);
   app.add_option("--prefill-chunk", options.model.prefill_chunk, "prompt tokens computed at once")
-      ->type_name("N")
-      ->check(at_least_one())
-      ->capture_default_str()
-      ->group("Engine");
+      .type_name("N")
+      .check(at_least_one())
+      .capture_default_str()
+      .group("Engine");
   add_cache_options(app, options.model);
 }
 
 }  // namespace
 
-Command add_bench_prefill(CLI::App& parent) {
+Command add_bench_prefill(const App& parent) {
   const auto options = std::make_shared<ModelBenchOptions>();
   options->tokens = 1024;
   options->bench.repeat = 3;
-  CLI::App* app = parent.add_subcommand("prefill", "reading a prompt");
-  app->footer(kPrefillFooter);
-  add_model_bench_options(*app, *options);
+  const App app = parent.add_subcommand("prefill", "reading a prompt");
+  app.footer(kPrefillFooter);
+  add_model_bench_options(app, *options);
   return {app, [options] { return run_prefill(*options); }};
 }
 
-Command add_bench_decode(CLI::App& parent) {
+Command add_bench_decode(const App& parent) {
   const auto options = std::make_shared<ModelBenchOptions>();
   options->tokens = 64;
-  CLI::App* app = parent.add_subcommand("decode", "generating, one token at a time");
-  app->footer(kDecodeFooter);
-  add_model_bench_options(*app, *options);
-  app->add_option("--depth", options->depth, "tokens that came before")
-      ->type_name("D")
-      ->check(in_range(0, 0x1p31 - 1, "a whole number from 0"))
-      ->capture_default_str();
+  const App app = parent.add_subcommand("decode", "generating, one token at a time");
+  app.footer(kDecodeFooter);
+  add_model_bench_options(app, *options);
+  app.add_option("--depth", options->depth, "tokens that came before")
+      .type_name("D")
+      .check(in_range(0, 0x1p31 - 1, "a whole number from 0"))
+      .capture_default_str();
   return {app, [options] { return run_decode(*options); }};
 }
 

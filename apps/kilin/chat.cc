@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 
@@ -194,19 +195,19 @@ class Chat {
 
 }  // namespace
 
-Command add_chat(CLI::App& parent) {
+Command add_chat(const App& parent) {
   const auto options = std::make_shared<ChatOptions>();
-  CLI::App* app = parent.add_subcommand("chat", "talk with a model");
-  app->footer(kFooter);
-  add_model_argument(*app, options->model);
-  app->add_option("--system", options->system, "the system message (default: none, or the template's own)")
-      ->type_name("TEXT");
-  app->add_option("-n,--max-tokens", options->generate.max_tokens, "tokens of an answer at most")
-      ->type_name("N")
-      ->check(at_least_one())
-      ->capture_default_str();
-  add_sampling_options(*app, options->generate.sampling);
-  add_engine_options(*app, options->model);
+  const App app = parent.add_subcommand("chat", "talk with a model");
+  app.footer(kFooter);
+  add_model_argument(app, options->model);
+  app.add_option("--system", options->system, "the system message (default: none, or the template's own)")
+      .type_name("TEXT");
+  app.add_option("-n,--max-tokens", options->generate.max_tokens, "tokens of an answer at most")
+      .type_name("N")
+      .check(at_least_one())
+      .capture_default_str();
+  add_sampling_options(app, options->generate.sampling);
+  add_engine_options(app, options->model);
   return {app, [options] {
             check_text(options->system, "--system");
             return Chat(load_model(options->model, true), *options).run();

@@ -1,22 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // The subcommands: each add_x() describes its options to the parser and returns what runs it.
 #pragma once
-#include <CLI/CLI.hpp>
 
 #include "kilin/help.h"
 
 namespace kilin::cli {
 
-Command add_run(CLI::App& parent);
-Command add_chat(CLI::App& parent);
-Command add_info(CLI::App& parent);
-Command add_eval(CLI::App& parent);
-Command add_bench(CLI::App& parent);
-Command add_convert(CLI::App& parent);
-Command add_quantize(CLI::App& parent);
-Command add_merge(CLI::App& parent);
-Command add_train(CLI::App& parent);
-Command add_tokenize(CLI::App& parent);
-Command add_plot(CLI::App& parent);
+Command add_run(const App& parent);
+Command add_chat(const App& parent);
+Command add_info(const App& parent);
+Command add_eval(const App& parent);
+Command add_bench(const App& parent);
+Command add_convert(const App& parent);
+Command add_quantize(const App& parent);
+Command add_merge(const App& parent);
+Command add_train(const App& parent);
+Command add_tokenize(const App& parent);
+Command add_plot(const App& parent);
 
 }  // namespace kilin::cli

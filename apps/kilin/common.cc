@@ -64,54 +64,54 @@ bool has_tokenizer(const std::string& model) {
 
 }  // namespace
 
-void add_model_argument(CLI::App& app, ModelArguments& arguments) {
+void add_model_argument(const App& app, ModelArguments& arguments) {
   app.add_option("MODEL", arguments.path, "Hugging Face directory or GGUF file of a Kimi Linear model")
-      ->required();
+      .required();
 }
 
-void add_threads_option(CLI::App& app, int& threads) {
+void add_threads_option(const App& app, int& threads) {
   app.add_option("--threads", threads, "threads to compute with (default: the physical cores)")
-      ->type_name("N")
-      ->check(in_range(1, 1024, "a whole number from 1 to 1024"))
-      ->group("Engine");
+      .type_name("N")
+      .check(in_range(1, 1024, "a whole number from 1 to 1024"))
+      .group("Engine");
 }
 
-void add_cache_options(CLI::App& app, ModelArguments& arguments) {
+void add_cache_options(const App& app, ModelArguments& arguments) {
   app.add_option("--cache-type", arguments.cache_type,
                  "keep positions of latent attention as f16 (half the memory) or f32 (exact)")
-      ->type_name("TYPE")
-      ->check(CLI::IsMember({"f16", "f32"}).description(""))
-      ->capture_default_str()
-      ->group("Engine");
-  app.add_flag("--pin", arguments.pin, "bind each thread to a core")->group("Engine");
+      .type_name("TYPE")
+      .check(one_of({"f16", "f32"}))
+      .capture_default_str()
+      .group("Engine");
+  app.add_flag("--pin", arguments.pin, "bind each thread to a core").group("Engine");
 }
 
-void add_engine_options(CLI::App& app, ModelArguments& arguments) {
+void add_engine_options(const App& app, ModelArguments& arguments) {
   add_threads_option(app, arguments.threads);
   app.add_option("--device", arguments.device, "cpu or cuda")
-      ->type_name("D")
-      ->check(CLI::IsMember({"cpu", "cuda"}).description(""))
-      ->capture_default_str()
-      ->group("Engine");
+      .type_name("D")
+      .check(one_of({"cpu", "cuda"}))
+      .capture_default_str()
+      .group("Engine");
   app.add_option("--compat", arguments.compatibility,
                  "agree with 'transformers', 'remote-code' (modeling_kimi.py) or 'vllm' where these differ")
-      ->type_name("NAME")
-      ->check(CLI::IsMember({"transformers", "remote-code", "vllm"}).description(""))
-      ->capture_default_str()
-      ->group("Engine");
+      .type_name("NAME")
+      .check(one_of({"transformers", "remote-code", "vllm"}))
+      .capture_default_str()
+      .group("Engine");
   app.add_option("--prefill-chunk", arguments.prefill_chunk,
                  "prompt tokens computed at once: more is faster and takes more memory")
-      ->type_name("N")
-      ->check(in_range(1, 1 << 20, "a whole number from 1 to 1048576"))
-      ->capture_default_str()
-      ->group("Engine");
+      .type_name("N")
+      .check(in_range(1, 1 << 20, "a whole number from 1 to 1048576"))
+      .capture_default_str()
+      .group("Engine");
   add_cache_options(app, arguments);
   app.add_option("--lora", arguments.lora,
                  "add a LoRA adapter (a PEFT directory), times SCALE; may be given several times")
-      ->type_name("DIR[:SCALE]")
-      ->check(not_empty())
-      ->allow_extra_args(false)
-      ->group("Engine");
+      .type_name("DIR[:SCALE]")
+      .check(not_empty())
+      .one_value_each()
+      .group("Engine");
 }
 
 LoraSource lora_source(const std::string& text) {
@@ -146,23 +146,23 @@ Model load_model(const ModelArguments& arguments, bool need_tokenizer) {
   return Model::load(arguments.path, options);
 }
 
-void add_sampling_options(CLI::App& app, SamplingOptions& sampling) {
+void add_sampling_options(const App& app, SamplingOptions& sampling) {
   const auto add = [&](const char* name, auto& value, const char* text, const char* type) {
-    return app.add_option(name, value, text)->type_name(type)->capture_default_str()->group("Sampling");
+    return app.add_option(name, value, text).type_name(type).capture_default_str().group("Sampling");
   };
   add("--temperature", sampling.temperature, "0: always the most likely token; higher: more varied", "T")
-      ->check(in_range(0, 1000, "a number from 0 to 1000"));
+      .check(in_range(0, 1000, "a number from 0 to 1000"));
   add("--top-k", sampling.top_k, "only the K most likely tokens; 0: all", "K")
-      ->check(in_range(0, std::numeric_limits<int>::max(), "a whole number from 0"));
+      .check(in_range(0, std::numeric_limits<int>::max(), "a whole number from 0"));
   add("--top-p", sampling.top_p, "only the likeliest tokens that hold this share of probability; 1: all", "P")
-      ->check(in_range(1e-9, 1, "a number above 0, up to 1"));
+      .check(in_range(1e-9, 1, "a number above 0, up to 1"));
   add("--min-p", sampling.min_p, "only tokens at least P times as likely as the best; 0: all", "P")
-      ->check(in_range(0, 1, "a number from 0 to 1"));
+      .check(in_range(0, 1, "a number from 0 to 1"));
   add("--repetition-penalty", sampling.repetition_penalty, "above 1: tokens seen are less likely; 1: off",
       "R")
-      ->check(in_range(1e-6, 1e3, "a number above 0, up to 1000"));
+      .check(in_range(1e-6, 1e3, "a number above 0, up to 1000"));
   add("--seed", sampling.seed, "of the random numbers: the same seed gives the same text", "N")
-      ->check(seed_number());
+      .check(seed_number());
 }
 
 std::string read_input(const std::string& path) {

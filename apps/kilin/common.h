@@ -3,12 +3,13 @@
 #pragma once
 #include <kilin/kilin.h>
 
-#include <CLI/CLI.hpp>
 #include <chrono>
 #include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "kilin/arguments.h"
 
 namespace kilin::cli {
 
@@ -24,10 +25,10 @@ struct ModelArguments {
 };
 
 // The positional MODEL; then --threads, --device, --compat, --prefill-chunk, --cache-type, --pin and --lora.
-void add_model_argument(CLI::App& app, ModelArguments& arguments);
-void add_engine_options(CLI::App& app, ModelArguments& arguments);
-void add_threads_option(CLI::App& app, int& threads);
-void add_cache_options(CLI::App& app, ModelArguments& arguments);  // --cache-type, --pin
+void add_model_argument(const App& app, ModelArguments& arguments);
+void add_engine_options(const App& app, ModelArguments& arguments);
+void add_threads_option(const App& app, int& threads);
+void add_cache_options(const App& app, ModelArguments& arguments);  // --cache-type, --pin
 
 // "DIR" or "DIR:SCALE"; a directory that exists under the whole name is that one. Throws Error for a bad
 // scale.
@@ -38,7 +39,7 @@ ModelOptions model_options(const ModelArguments& arguments);
 Model load_model(const ModelArguments& arguments, bool need_tokenizer);
 
 // --temperature, --top-k, --top-p, --min-p, --repetition-penalty, --seed; defaults as they are in `sampling`.
-void add_sampling_options(CLI::App& app, SamplingOptions& sampling);
+void add_sampling_options(const App& app, SamplingOptions& sampling);
 
 // The whole of a file; "-" is standard input. Errors name the file.
 std::string read_input(const std::string& path);

@@ -60,27 +60,27 @@ int run(const Options& options) {
 
 }  // namespace
 
-Command add_convert(CLI::App& parent) {
+Command add_convert(const App& parent) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = parent.add_subcommand("convert", "between Hugging Face directories and GGUF files");
-  app->footer(kFooter);
-  app->add_option("IN", options->source, "Hugging Face directory, GGUF file, or config.json with --random")
-      ->required();
-  app->add_option("OUT", options->target, "GGUF file or Hugging Face directory to write")->required();
-  app->add_option("--type", options->type, "of the matrices: auto (as they are), f32 or bf16")
-      ->type_name("TYPE")
-      ->check(CLI::IsMember({"auto", "f32", "bf16"}).description(""))
-      ->capture_default_str();
-  app->add_flag("--random", options->random, "random weights for the shape in a config.json");
-  CLI::Option* seed = app->add_option("--seed", options->seed, "of the random weights")
-                          ->type_name("N")
-                          ->check(seed_number())
-                          ->capture_default_str();
-  app->add_flag("--force", options->convert.overwrite, "overwrite OUT");
-  app->add_flag("--progress", options->progress, "show progress although standard error is not a terminal");
-  add_threads_option(*app, options->convert.threads);
+  const App app = parent.add_subcommand("convert", "between Hugging Face directories and GGUF files");
+  app.footer(kFooter);
+  app.add_option("IN", options->source, "Hugging Face directory, GGUF file, or config.json with --random")
+      .required();
+  app.add_option("OUT", options->target, "GGUF file or Hugging Face directory to write").required();
+  app.add_option("--type", options->type, "of the matrices: auto (as they are), f32 or bf16")
+      .type_name("TYPE")
+      .check(one_of({"auto", "f32", "bf16"}))
+      .capture_default_str();
+  app.add_flag("--random", options->random, "random weights for the shape in a config.json");
+  const Option seed = app.add_option("--seed", options->seed, "of the random weights")
+                          .type_name("N")
+                          .check(seed_number())
+                          .capture_default_str();
+  app.add_flag("--force", options->convert.overwrite, "overwrite OUT");
+  app.add_flag("--progress", options->progress, "show progress although standard error is not a terminal");
+  add_threads_option(app, options->convert.threads);
   return {app, [options, seed] {
-            options->seed_given = seed->count() > 0;
+            options->seed_given = seed.count() > 0;
             return run(*options);
           }};
 }

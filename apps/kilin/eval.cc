@@ -31,7 +31,7 @@ constexpr const char* kFooter = R"(Examples:
 
 }  // namespace
 
-void add_report_options(CLI::App& app, ReportOptions& options) {
+void add_report_options(const App& app, ReportOptions& options) {
   app.add_flag("--progress", options.progress, "show progress although standard error is not a terminal");
   app.add_flag("--json", options.json, "print one JSON object");
 }
@@ -65,21 +65,21 @@ std::string percent_with_error(const eval::Mean& mean) {
   return fmt::format("{:.2f} % (standard error {:.2f} %)", 100 * mean.value, 100 * mean.standard_error);
 }
 
-Command add_eval(CLI::App& parent) {
-  CLI::App* app = parent.add_subcommand("eval", "measure how well a model does");
-  app->footer(kFooter);
-  app->require_subcommand(1);
-  const Command list{app->add_subcommand("list", "list the tasks"), [] {
+Command add_eval(const App& parent) {
+  const App app = parent.add_subcommand("eval", "measure how well a model does");
+  app.footer(kFooter);
+  app.require_subcommand(1);
+  const Command list{app.add_subcommand("list", "list the tasks"), [] {
                        write_out(kTasks);
                        return 0;
                      }};
-  const std::vector<Command> tasks{add_perplexity(*app),
-                                   add_classification(*app),
-                                   add_choice(*app),
-                                   add_extraction(*app),
-                                   add_synthetic(*app, "palindrome"),
-                                   add_synthetic(*app, "mqar"),
-                                   add_synthetic(*app, "stack"),
+  const std::vector<Command> tasks{add_perplexity(app),
+                                   add_classification(app),
+                                   add_choice(app),
+                                   add_extraction(app),
+                                   add_synthetic(app, "palindrome"),
+                                   add_synthetic(app, "mqar"),
+                                   add_synthetic(app, "stack"),
                                    list};
   return {app, [tasks] { return run_chosen(tasks); }};
 }

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <utility>
@@ -141,34 +142,34 @@ int run_perplexity(const PerplexityOptions& options) {
   return interrupt.interrupted() ? kInterruptedExit : 0;
 }
 
-void add_input_options(CLI::App& app, PerplexityOptions& options) {
+void add_input_options(const App& app, PerplexityOptions& options) {
   const auto add = [&](const char* name, auto& value, const char* type, const char* text) {
-    return app.add_option(name, value, text)->type_name(type)->group("Input");
+    return app.add_option(name, value, text).type_name(type).group("Input");
   };
   add("--file", options.file, "FILE", "text: documents parted by a form feed; -: standard input");
   add("--jsonl", options.jsonl, "FILE", "a JSON object per line, each record's text a document");
-  add("--field", options.field, "NAME", "the key of the text in --jsonl")->capture_default_str();
+  add("--field", options.field, "NAME", "the key of the text in --jsonl").capture_default_str();
   add("--ids", options.ids, "FILE", "a line of token ids per sequence, each evaluated on its own");
 }
 
 }  // namespace
 
-Command add_perplexity(CLI::App& parent) {
+Command add_perplexity(const App& parent) {
   const auto options = std::make_shared<PerplexityOptions>();
-  CLI::App* app = parent.add_subcommand("perplexity", "perplexity of a text");
-  app->footer(kFooter);
-  add_model_argument(*app, options->model);
-  add_input_options(*app, *options);
-  app->add_option("--window", options->window, "tokens per window")
-      ->type_name("N")
-      ->check(in_range(2, 0x1p31, "a whole number from 2"))
-      ->capture_default_str();
-  app->add_option("--max-windows", options->max_windows, "evaluate the first N windows only (default: all)")
-      ->type_name("N")
-      ->check(at_least_one());
-  app->add_flag("--progress", options->progress, "show progress although standard error is not a terminal");
-  app->add_flag("--json", options->json, "print one JSON object");
-  add_engine_options(*app, options->model);
+  const App app = parent.add_subcommand("perplexity", "perplexity of a text");
+  app.footer(kFooter);
+  add_model_argument(app, options->model);
+  add_input_options(app, *options);
+  app.add_option("--window", options->window, "tokens per window")
+      .type_name("N")
+      .check(in_range(2, 0x1p31, "a whole number from 2"))
+      .capture_default_str();
+  app.add_option("--max-windows", options->max_windows, "evaluate the first N windows only (default: all)")
+      .type_name("N")
+      .check(at_least_one());
+  app.add_flag("--progress", options->progress, "show progress although standard error is not a terminal");
+  app.add_flag("--json", options->json, "print one JSON object");
+  add_engine_options(app, options->model);
   return {app, [options] { return run_perplexity(*options); }};
 }
 

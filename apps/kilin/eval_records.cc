@@ -290,38 +290,38 @@ int run_extraction(const Options& options) {
                   });
 }
 
-void add_record_options(CLI::App& app, Options& options) {
+void add_record_options(const App& app, Options& options) {
   add_model_argument(app, options.model);
   const auto add = [&](const char* name, auto& value, const char* type, const char* text) {
-    return app.add_option(name, value, text)->type_name(type)->group("Input");
+    return app.add_option(name, value, text).type_name(type).group("Input");
   };
-  add("--jsonl", options.jsonl, "FILE", "the records; -: standard input")->required();
+  add("--jsonl", options.jsonl, "FILE", "the records; -: standard input").required();
   app.add_flag("--chat", options.chat, "a prompt is a user's message, in the model's chat template")
-      ->group("Input");
+      .group("Input");
   add("--system", options.system, "TEXT", "a system message before each conversation without one");
-  add("--limit", options.limit, "N", "only the first N records")->check(at_least_one());
+  add("--limit", options.limit, "N", "only the first N records").check(at_least_one());
   add("--output", options.output, "FILE", "write what the model answered, a JSON object per record");
   add_report_options(app, options.report);
   add_engine_options(app, options.model);
 }
 
-void add_delimiter(CLI::App& app, Options& options) {
+void add_delimiter(const App& app, Options& options) {
   app.add_option("--delimiter", options.delimiter,
                  "what stands between prompt and answer (default: a space; nothing in conversations; where "
                  "the record "
                  "has a completion, the white space that it begins with)")
-      ->type_name("TEXT")
-      ->group("Input");
+      .type_name("TEXT")
+      .group("Input");
 }
 
 }  // namespace
 
-Command add_classification(CLI::App& parent) {
+Command add_classification(const App& parent) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app =
+  const App app =
       parent.add_subcommand("classification", "accuracy and F1 of labels, chosen by log likelihood");
-  app->footer(std::string(kInput) +
-              R"(The answer is "label", "completion" or the last of the messages. The prediction
+  app.footer(std::string(kInput) +
+             R"(The answer is "label", "completion" or the last of the messages. The prediction
 is the label that is most likely behind the prompt, of all that occur in the file
 or that --label names. Macro F1 is the mean over the labels that occur or are
 predicted.
@@ -329,36 +329,36 @@ predicted.
 Examples:
   kilin eval classification models/kilin-docs-10m --jsonl valid.jsonl --chat
   kilin eval classification models/kilin-docs-10m --jsonl valid.jsonl --lora adapter --json)");
-  add_record_options(*app, *options);
-  add_delimiter(*app, *options);
-  app->add_option("--label", options->labels,
-                  "a label to choose from; given once for each (default: those in the file)")
-      ->type_name("TEXT")
-      ->check(not_empty())
-      ->allow_extra_args(false)
-      ->group("Input");
+  add_record_options(app, *options);
+  add_delimiter(app, *options);
+  app.add_option("--label", options->labels,
+                 "a label to choose from; given once for each (default: those in the file)")
+      .type_name("TEXT")
+      .check(not_empty())
+      .one_value_each()
+      .group("Input");
   return {app, [options] { return run_classification(*options); }};
 }
 
-Command add_choice(CLI::App& parent) {
+Command add_choice(const App& parent) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = parent.add_subcommand("choice", "accuracy in multiple choice, by log likelihood");
-  app->footer(std::string(kInput) +
-              R"("choices" are texts, "answer" is the number of the right one, from 0, or its
+  const App app = parent.add_subcommand("choice", "accuracy in multiple choice, by log likelihood");
+  app.footer(std::string(kInput) +
+             R"("choices" are texts, "answer" is the number of the right one, from 0, or its
 text. The prediction is the choice that is most likely behind the prompt; a second
 figure divides the log likelihood by the bytes of the choice first.
 
 Example:
   kilin eval choice models/kilin-docs-10m --jsonl questions.jsonl --json)");
-  add_record_options(*app, *options);
-  add_delimiter(*app, *options);
+  add_record_options(app, *options);
+  add_delimiter(app, *options);
   return {app, [options] { return run_choice(*options); }};
 }
 
-Command add_extraction(CLI::App& parent) {
+Command add_extraction(const App& parent) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = parent.add_subcommand("extraction", "exact match and F1 of generated answers");
-  app->footer(std::string(kInput) + R"(The answer is "answer" (a text, or a list of texts that are all right),
+  const App app = parent.add_subcommand("extraction", "exact match and F1 of generated answers");
+  app.footer(std::string(kInput) + R"(The answer is "answer" (a text, or a list of texts that are all right),
 "completion" or the last of the messages. The model answers greedily; answers are
 compared as in SQuAD: lower case, without punctuation, a, an and the; F1 is that
 of the words.
@@ -366,19 +366,19 @@ of the words.
 Examples:
   kilin eval extraction models/kilin-docs-10m --jsonl valid.jsonl --chat
   kilin eval extraction models/kilin-docs-10m --jsonl valid.jsonl --stop $'\n' -n 32)");
-  add_record_options(*app, *options);
-  app->add_option("-n,--max-tokens", options->max_tokens, "tokens of an answer at most")
-      ->type_name("N")
-      ->check(at_least_one())
-      ->capture_default_str();
-  app->add_option("--stop", options->stop, "an answer ends before this text; may be given several times")
-      ->type_name("TEXT")
-      ->check(not_empty())
-      ->allow_extra_args(false);
-  app->add_option("--batch", options->batch, "answers that are generated at once")
-      ->type_name("N")
-      ->check(in_range(1, 4096, "a whole number from 1 to 4096"))
-      ->capture_default_str();
+  add_record_options(app, *options);
+  app.add_option("-n,--max-tokens", options->max_tokens, "tokens of an answer at most")
+      .type_name("N")
+      .check(at_least_one())
+      .capture_default_str();
+  app.add_option("--stop", options->stop, "an answer ends before this text; may be given several times")
+      .type_name("TEXT")
+      .check(not_empty())
+      .one_value_each();
+  app.add_option("--batch", options->batch, "answers that are generated at once")
+      .type_name("N")
+      .check(in_range(1, 4096, "a whole number from 1 to 4096"))
+      .capture_default_str();
   return {app, [options] { return run_extraction(*options); }};
 }
 

@@ -73,46 +73,46 @@ int run(const Options& options) {
   });
 }
 
-void add_task_options(CLI::App& app, Options& options) {
+void add_task_options(const App& app, Options& options) {
   const auto add = [&](const char* name, auto& value, const char* text) {
-    return app.add_option(name, value, text)->type_name("N")->group("Task");
+    return app.add_option(name, value, text).type_name("N").group("Task");
   };
-  add("--length", options.task.length, "tokens of an example")->check(at_least_one())->capture_default_str();
+  add("--length", options.task.length, "tokens of an example").check(at_least_one()).capture_default_str();
   add("--vocabulary", options.vocabulary, "tokens are below N (default: the model's vocabulary)")
-      ->check(at_least_one());
+      .check(at_least_one());
   if (options.task.kind == eval::SyntheticKind::kMqar) {
     add("--kv-pairs", options.task.kv_pairs, "keys with a value, each asked for once (default: length / 8)")
-        ->check(at_least_one());
+        .check(at_least_one());
     add("--power", options.task.power, "a of the power law of the queries' places")
-        ->check(in_range(1e-9, 1, "a number above 0, up to 1"))
-        ->capture_default_str();
+        .check(in_range(1e-9, 1, "a number above 0, up to 1"))
+        .capture_default_str();
     app.add_flag("!--zero-filler", options.task.random_filler,
                  "token 0 where no query is, instead of any token")
-        ->group("Task");
+        .group("Task");
   }
   if (options.task.kind == eval::SyntheticKind::kStack) {
-    add("--stacks", options.task.stacks, "number of stacks")->check(at_least_one())->capture_default_str();
+    add("--stacks", options.task.stacks, "number of stacks").check(at_least_one()).capture_default_str();
   }
-  add("--seed", options.task.seed, "of the examples")->check(seed_number())->capture_default_str();
-  add("--examples", options.examples, "how many")->check(at_least_one())->capture_default_str();
+  add("--seed", options.task.seed, "of the examples").check(seed_number()).capture_default_str();
+  add("--examples", options.examples, "how many").check(at_least_one()).capture_default_str();
   add("--first", options.first, "number of the first one")
-      ->check(in_range(0, 0x1p53, "a whole number from 0"));
+      .check(in_range(0, 0x1p53, "a whole number from 0"));
   app.add_flag("--training-split", options.training_split, "examples that a training may have seen")
-      ->group("Task");
+      .group("Task");
 }
 
 }  // namespace
 
-Command add_synthetic(CLI::App& parent, std::string_view task) {
+Command add_synthetic(const App& parent, std::string_view task) {
   const auto options = std::make_shared<Options>();
   options->task.kind = eval::synthetic_kind(task, "task");
-  CLI::App* app =
+  const App app =
       parent.add_subcommand(std::string(task), fmt::format("accuracy on the synthetic task {}", task));
-  app->footer(kFooter);
-  add_model_argument(*app, options->model);
-  add_task_options(*app, *options);
-  add_report_options(*app, options->report);
-  add_engine_options(*app, options->model);
+  app.footer(kFooter);
+  add_model_argument(app, options->model);
+  add_task_options(app, *options);
+  add_report_options(app, options->report);
+  add_engine_options(app, options->model);
   return {app, [options] { return run(*options); }};
 }
 

@@ -14,18 +14,18 @@
 
 namespace kilin::cli {
 
-Command add_perplexity(CLI::App& parent);
-Command add_classification(CLI::App& parent);
-Command add_choice(CLI::App& parent);
-Command add_extraction(CLI::App& parent);
-Command add_synthetic(CLI::App& parent, std::string_view task);  // palindrome, mqar or stack
+Command add_perplexity(const App& parent);
+Command add_classification(const App& parent);
+Command add_choice(const App& parent);
+Command add_extraction(const App& parent);
+Command add_synthetic(const App& parent, std::string_view task);  // palindrome, mqar or stack
 
 // --progress and --json
 struct ReportOptions {
   bool json = false;
   bool progress = false;
 };
-void add_report_options(CLI::App& app, ReportOptions& options);
+void add_report_options(const App& app, ReportOptions& options);
 
 // Runs `work`, which hears a callback for its progress and returns how much it did, under a progress line and
 // Ctrl-C. Then prints `report` as JSON with the seconds it took, or `text`. Returns the exit code.

@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>
 #include <cstdint>
@@ -107,7 +108,7 @@ class Help : public CLI::Formatter {
 
 int run_chosen(const std::vector<Command>& commands) {
   for (const Command& command : commands) {
-    if (command.app->parsed()) return command.run();
+    if (command.app.parsed()) return command.run();
   }
   throw UsageError("a command is required");
 }
@@ -125,34 +126,31 @@ bool looks_octal(const std::string& text) {
 }
 }  // namespace
 
-CLI::Validator in_range(double low, double high, const std::string& expected) {
-  const auto check = [low, high, expected](std::string& text) -> std::string {
+Check in_range(double low, double high, const std::string& expected) {
+  return [low, high, expected](const std::string& text) -> std::string {
     double value = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
     const bool number = error == std::errc{} && end == text.data() + text.size() && !looks_octal(text);
     if (number && value >= low && value <= high) return {};
     return fmt::format("found '{}', expected {}", text, expected);
   };
-  return CLI::Validator(check, "");
 }
 
-CLI::Validator at_least_one() { return in_range(1, 0x1p53, "a whole number from 1"); }
+Check at_least_one() { return in_range(1, 0x1p53, "a whole number from 1"); }
 
-CLI::Validator seed_number() {
-  const auto check = [](std::string& text) -> std::string {
+Check seed_number() {
+  return [](const std::string& text) -> std::string {
     uint64_t value = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
     if (error == std::errc{} && end == text.data() + text.size() && !looks_octal(text)) return {};
     return fmt::format("found '{}', expected a whole number from 0 to 18446744073709551615", text);
   };
-  return CLI::Validator(check, "");
 }
 
-CLI::Validator not_empty() {
-  const auto check = [](std::string& text) -> std::string {
+Check not_empty() {
+  return [](const std::string& text) -> std::string {
     return text.empty() ? "found an empty text, expected at least one character" : "";
   };
-  return CLI::Validator(check, "");
 }
 
 }  // namespace kilin::cli

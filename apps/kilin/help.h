@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // How the command line is described: the look of help texts, checks of values, errors of usage.
 #pragma once
-#include <CLI/CLI.hpp>
 #include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "kilin/arguments.h"
+
 namespace kilin::cli {
 
 // A subcommand and what it does; run returns the exit code.
 struct Command {
-  CLI::App* app = nullptr;
+  App app;
   std::function<int()> run;
 };
 
@@ -27,10 +28,10 @@ class UsageError : public std::runtime_error {
 // Gives the program the look of kilin's help texts; subcommands made afterwards inherit it.
 void set_help_style(CLI::App& app);
 
-// A check for number options: low <= value <= high, said as `expected` when it fails.
-CLI::Validator in_range(double low, double high, const std::string& expected);
-CLI::Validator at_least_one();  // whole numbers from 1
-CLI::Validator seed_number();   // 0 to 2^64 - 1, decimal
-CLI::Validator not_empty();
+// For number options: low <= value <= high, said as `expected` when it fails.
+Check in_range(double low, double high, const std::string& expected);
+Check at_least_one();  // whole numbers from 1
+Check seed_number();   // 0 to 2^64 - 1, decimal
+Check not_empty();
 
 }  // namespace kilin::cli

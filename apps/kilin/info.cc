@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <utility>
 #include <vector>
@@ -121,17 +122,17 @@ void print_table(const Rows& rows) {
 
 }  // namespace
 
-Command add_info(CLI::App& parent) {
+Command add_info(const App& parent) {
   struct Options {
     ModelArguments model;
     bool json = false;
   };
   const auto options = std::make_shared<Options>();
-  CLI::App* app = parent.add_subcommand("info", "show what a checkpoint is and what it costs");
-  app->footer(kFooter);
-  add_model_argument(*app, options->model);
-  app->add_flag("--json", options->json, "print one JSON object");
-  add_engine_options(*app, options->model);
+  const App app = parent.add_subcommand("info", "show what a checkpoint is and what it costs");
+  app.footer(kFooter);
+  add_model_argument(app, options->model);
+  app.add_flag("--json", options->json, "print one JSON object");
+  add_engine_options(app, options->model);
   return {app, [options] {
             const Model model = load_model(options->model, false);
             if (options->json) {

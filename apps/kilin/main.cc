@@ -68,9 +68,11 @@ int run(int argc, const char* const* argv) {
   };
   app.set_version_flag("--version", version,
                        "print the version, the instruction set and the cores, and exit");
-  const std::vector<Command> commands{add_run(app),   add_chat(app),     add_info(app),     add_eval(app),
-                                      add_bench(app), add_convert(app),  add_quantize(app), add_merge(app),
-                                      add_train(app), add_tokenize(app), add_plot(app)};
+  const App root(app);
+  const std::vector<Command> commands{add_run(root),      add_chat(root),  add_info(root),
+                                      add_eval(root),     add_bench(root), add_convert(root),
+                                      add_quantize(root), add_merge(root), add_train(root),
+                                      add_tokenize(root), add_plot(root)};
   app.require_subcommand(1);
   if (argc == 1) {
     write_out(app.help());

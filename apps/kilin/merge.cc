@@ -41,21 +41,21 @@ int run(const Options& options) {
 
 }  // namespace
 
-Command add_merge(CLI::App& parent) {
+Command add_merge(const App& parent) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = parent.add_subcommand("merge", "add a LoRA adapter to a model's weights");
-  app->footer(kFooter);
-  app->add_option("MODEL", options->model, "Hugging Face directory or GGUF file of a Kimi Linear model")
-      ->required();
-  app->add_option("ADAPTER", options->adapter, "directory of a LoRA adapter, or DIR:SCALE")->required();
-  app->add_option("OUT", options->target, "Hugging Face directory to write")->required();
-  app->add_option("--type", options->type, "of the matrices: auto (as they are), f32 or bf16")
-      ->type_name("TYPE")
-      ->check(CLI::IsMember({"auto", "f32", "bf16"}).description(""))
-      ->capture_default_str();
-  app->add_flag("--force", options->convert.overwrite, "overwrite OUT");
-  app->add_flag("--progress", options->progress, "show progress although standard error is not a terminal");
-  add_threads_option(*app, options->convert.threads);
+  const App app = parent.add_subcommand("merge", "add a LoRA adapter to a model's weights");
+  app.footer(kFooter);
+  app.add_option("MODEL", options->model, "Hugging Face directory or GGUF file of a Kimi Linear model")
+      .required();
+  app.add_option("ADAPTER", options->adapter, "directory of a LoRA adapter, or DIR:SCALE").required();
+  app.add_option("OUT", options->target, "Hugging Face directory to write").required();
+  app.add_option("--type", options->type, "of the matrices: auto (as they are), f32 or bf16")
+      .type_name("TYPE")
+      .check(one_of({"auto", "f32", "bf16"}))
+      .capture_default_str();
+  app.add_flag("--force", options->convert.overwrite, "overwrite OUT");
+  app.add_flag("--progress", options->progress, "show progress although standard error is not a terminal");
+  add_threads_option(app, options->convert.threads);
   return {app, [options] { return run(*options); }};
 }
 

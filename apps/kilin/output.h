@@ -2,7 +2,7 @@
 // Results go to stdout through here, so that a full disk is an error and a reader that went away (| head)
 // is not.
 #pragma once
-#include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
 #include <string_view>
 
 namespace kilin::cli {

@@ -47,22 +47,18 @@ int run(const Options& options) {
 
 }  // namespace
 
-Command add_plot(CLI::App& parent) {
+Command add_plot(const App& parent) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = parent.add_subcommand("plot", "curves of training logs as a picture");
-  app->footer(kFooter);
-  app->add_option("LOG", options->logs, "logs or directories of runs, a curve each")->required();
-  app->add_option("--out", options->out, "picture to write: .svg or .png")->type_name("FILE")->required();
-  app->add_option("--x", options->plot.x, "key of the horizontal axis")
-      ->type_name("KEY")
-      ->capture_default_str();
-  app->add_option("--y", options->plot.y, "key of the vertical axis")
-      ->type_name("KEY")
-      ->capture_default_str();
-  app->add_option("--title", options->plot.title, "text above the plot")->type_name("TEXT");
-  app->add_option("--label", options->labels, "names of the curves (default: of their directories)")
-      ->type_name("TEXT...");
-  app->add_flag("--log", options->plot.log_y, "logarithmic vertical axis");
+  const App app = parent.add_subcommand("plot", "curves of training logs as a picture");
+  app.footer(kFooter);
+  app.add_option("LOG", options->logs, "logs or directories of runs, a curve each").required();
+  app.add_option("--out", options->out, "picture to write: .svg or .png").type_name("FILE").required();
+  app.add_option("--x", options->plot.x, "key of the horizontal axis").type_name("KEY").capture_default_str();
+  app.add_option("--y", options->plot.y, "key of the vertical axis").type_name("KEY").capture_default_str();
+  app.add_option("--title", options->plot.title, "text above the plot").type_name("TEXT");
+  app.add_option("--label", options->labels, "names of the curves (default: of their directories)")
+      .type_name("TEXT...");
+  app.add_flag("--log", options->plot.log_y, "logarithmic vertical axis");
   return {app, [options] { return run(*options); }};
 }
 

@@ -3,6 +3,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "kilin/commands.h"
 #include "kilin/common.h"
@@ -42,20 +43,22 @@ int run(const Options& options) {
 
 }  // namespace
 
-Command add_quantize(CLI::App& parent) {
+Command add_quantize(const App& parent) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = parent.add_subcommand("quantize", "a GGUF file with fewer bits a weight");
-  app->footer(kFooter);
-  app->add_option("MODEL", options->source, "Hugging Face directory or GGUF file of a Kimi Linear model")
-      ->required();
-  app->add_option("OUT", options->target, "GGUF file to write")->required();
-  app->add_option("--type", options->type, "q8_0, q4_0, q4_k or bf16")
-      ->type_name("TYPE")
-      ->required()
-      ->check(CLI::IsMember(kTypes).description(""));
-  app->add_flag("--force", options->convert.overwrite, "overwrite OUT");
-  app->add_flag("--progress", options->progress, "show progress although standard error is not a terminal");
-  add_threads_option(*app, options->convert.threads);
+  const App app = parent.add_subcommand("quantize", "a GGUF file with fewer bits a weight");
+  app.footer(kFooter);
+  app.add_option("MODEL", options->source, "Hugging Face directory or GGUF file of a Kimi Linear model")
+      .required();
+  app.add_option("OUT", options->target, "GGUF file to write").required();
+  std::vector<std::string> types;
+  for (const auto& [name, type] : kTypes) types.push_back(name);
+  app.add_option("--type", options->type, "q8_0, q4_0, q4_k or bf16")
+      .type_name("TYPE")
+      .required()
+      .check(one_of(types));
+  app.add_flag("--force", options->convert.overwrite, "overwrite OUT");
+  app.add_flag("--progress", options->progress, "show progress although standard error is not a terminal");
+  add_threads_option(app, options->convert.threads);
   return {app, [options] { return run(*options); }};
 }
 

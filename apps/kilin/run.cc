@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <vector>
@@ -48,30 +49,30 @@ struct RunOptions {
   bool progress = false;
 };
 
-void add_prompt_options(CLI::App& app, RunOptions& options) {
+void add_prompt_options(const App& app, RunOptions& options) {
   const auto add = [&](const char* name, auto& value, const char* type, const char* text) {
-    app.add_option(name, value, text)->type_name(type)->group("Prompt");
+    app.add_option(name, value, text).type_name(type).group("Prompt");
   };
   add("--prompt", options.prompt, "TEXT", "the text to continue; special tokens in it are recognised");
   add("--prompt-file", options.prompt_file, "FILE",
       "take the text from a file, byte for byte; -: standard input");
   add("--prompt-ids", options.prompt_ids, "IDS", "token ids, as in 1,2,3; fed as they are");
-  CLI::Option* bos = app.add_flag("--bos", options.bos,
+  const Option bos = app.add_flag("--bos", options.bos,
                                   "put the beginning token in front of the text (default: unless the text "
                                   "begins with a special token)")
-                         ->group("Prompt");
-  app.add_flag("--no-bos", options.no_bos, "do not put it there")->group("Prompt")->excludes(bos);
+                         .group("Prompt");
+  app.add_flag("--no-bos", options.no_bos, "do not put it there").group("Prompt").excludes(bos);
 }
 
-void add_generate_options(CLI::App& app, RunOptions& options) {
+void add_generate_options(const App& app, RunOptions& options) {
   app.add_option("-n,--max-tokens", options.generate.max_tokens, "tokens to generate at most")
-      ->type_name("N")
-      ->check(at_least_one())
-      ->capture_default_str();
+      .type_name("N")
+      .check(at_least_one())
+      .capture_default_str();
   app.add_option("--stop", options.generate.stop, "end before this text; may be given several times")
-      ->type_name("TEXT")
-      ->check(not_empty())
-      ->allow_extra_args(false);
+      .type_name("TEXT")
+      .check(not_empty())
+      .one_value_each();
   app.add_flag("--ignore-eos", options.generate.ignore_end_tokens, "go on after end-of-text tokens");
   app.add_flag("--progress", options.progress,
                "show progress of a long prompt although standard error is not a terminal");
@@ -186,15 +187,15 @@ int run(const RunOptions& options) {
 
 }  // namespace
 
-Command add_run(CLI::App& parent) {
+Command add_run(const App& parent) {
   const auto options = std::make_shared<RunOptions>();
-  CLI::App* app = parent.add_subcommand("run", "continue a prompt");
-  app->footer(kFooter);
-  add_model_argument(*app, options->model);
-  add_prompt_options(*app, *options);
-  add_generate_options(*app, *options);
-  add_sampling_options(*app, options->generate.sampling);
-  add_engine_options(*app, options->model);
+  const App app = parent.add_subcommand("run", "continue a prompt");
+  app.footer(kFooter);
+  add_model_argument(app, options->model);
+  add_prompt_options(app, *options);
+  add_generate_options(app, *options);
+  add_sampling_options(app, options->generate.sampling);
+  add_engine_options(app, options->model);
   return {app, [options] { return run(*options); }};
 }
 

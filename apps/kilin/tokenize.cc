@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -153,26 +154,26 @@ int run(const Options& options) {
 
 }  // namespace
 
-Command add_tokenize(CLI::App& parent) {
+Command add_tokenize(const App& parent) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = parent.add_subcommand("tokenize", "texts as a token file for training");
-  app->footer(kFooter);
-  app->add_option("MODEL", options->model, "directory with the tokenizer")->required();
-  app->add_option("--text", options->texts, "texts, documents parted by a form feed; -: standard input")
-      ->type_name("FILE...");
-  app->add_option("--jsonl", options->jsonl,
-                  "files with a JSON object per line, each record's text a document")
-      ->type_name("FILE...");
-  app->add_option("--field", options->field, "the key of the text in --jsonl")
-      ->type_name("NAME")
-      ->capture_default_str();
-  app->add_option("--out", options->out, "token file to write")
-      ->type_name("FILE")
-      ->required()
-      ->check(not_empty());
-  app->add_flag("--progress", options->progress, "show progress although standard error is not a terminal");
-  app->add_flag("--json", options->json, "print one JSON object");
-  add_threads_option(*app, options->threads);
+  const App app = parent.add_subcommand("tokenize", "texts as a token file for training");
+  app.footer(kFooter);
+  app.add_option("MODEL", options->model, "directory with the tokenizer").required();
+  app.add_option("--text", options->texts, "texts, documents parted by a form feed; -: standard input")
+      .type_name("FILE...");
+  app.add_option("--jsonl", options->jsonl,
+                 "files with a JSON object per line, each record's text a document")
+      .type_name("FILE...");
+  app.add_option("--field", options->field, "the key of the text in --jsonl")
+      .type_name("NAME")
+      .capture_default_str();
+  app.add_option("--out", options->out, "token file to write")
+      .type_name("FILE")
+      .required()
+      .check(not_empty());
+  app.add_flag("--progress", options->progress, "show progress although standard error is not a terminal");
+  app.add_flag("--json", options->json, "print one JSON object");
+  add_threads_option(app, options->threads);
   return {app, [options] { return run(*options); }};
 }
 

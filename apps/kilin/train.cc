@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
@@ -97,23 +98,22 @@ int run(const Options& options) {
 
 }  // namespace
 
-Command add_train(CLI::App& parent) {
+Command add_train(const App& parent) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = parent.add_subcommand("train", "pretrain, fine-tune, LoRA, synthetic tasks");
-  app->footer(kFooter);
-  app->add_option("--config", options->config, "what to train, as TOML")->type_name("FILE")->required();
-  app->add_option("--set", options->overrides, "a key's value instead of the file's, e.g. optimizer.lr=1e-3")
-      ->type_name("KEY=VALUE")
-      ->expected(1)
-      ->take_all();
-  app->add_option("--out", options->out, "the directory of the run: --set run.out=DIR")->type_name("DIR");
-  app->add_flag("--resume", options->run.resume,
-                "go on from the newest checkpoint, or begin if there is none");
-  app->add_flag("--accept-changes", options->run.accept_changes,
-                "with --resume: although keys differ from those that the run began with");
-  app->add_flag("--dry-run", options->dry_run, "check everything, print what would be trained, and exit");
-  app->add_flag("--progress", options->run.progress, "a line of progress for each update");
-  app->add_flag("--json", options->run.json, "print one JSON object");
+  const App app = parent.add_subcommand("train", "pretrain, fine-tune, LoRA, synthetic tasks");
+  app.footer(kFooter);
+  app.add_option("--config", options->config, "what to train, as TOML").type_name("FILE").required();
+  app.add_option("--set", options->overrides, "a key's value instead of the file's, e.g. optimizer.lr=1e-3")
+      .type_name("KEY=VALUE")
+      .one_value_each();
+  app.add_option("--out", options->out, "the directory of the run: --set run.out=DIR").type_name("DIR");
+  app.add_flag("--resume", options->run.resume,
+               "go on from the newest checkpoint, or begin if there is none");
+  app.add_flag("--accept-changes", options->run.accept_changes,
+               "with --resume: although keys differ from those that the run began with");
+  app.add_flag("--dry-run", options->dry_run, "check everything, print what would be trained, and exit");
+  app.add_flag("--progress", options->run.progress, "a line of progress for each update");
+  app.add_flag("--json", options->run.json, "print one JSON object");
   return {app, [options] { return run(*options); }};
 }
 

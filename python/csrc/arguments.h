@@ -12,6 +12,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <tuple>
 
 #include "base/error.h"
 #include "kernels/kda/kda.h"
@@ -129,6 +130,43 @@ inline Shape shape_of(const Inputs& in) {
   return s;
 }
 
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+                                  type);
+}
+
+inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+                                  type);
+}
+
+template <class T>
+T* pointer(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+template <class T>
+T* pointer(const OptionalTensor& tensor) {
+  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
+// The part of a kernel's parameters that is the same on every device.
+template <class Params>
+void set_sizes_and_options(Params& p, const Inputs& in, const Shape& shape) {
+  p.heads = static_cast<int>(shape.heads);
+  p.value_heads = static_cast<int>(shape.value_heads);
+  p.key_dim = static_cast<int>(shape.key_dim);
+  p.value_dim = static_cast<int>(shape.value_dim);
+  p.sequences = static_cast<int>(shape.sequences);
+  p.gate_kind = gate_kind(in.options);
+  p.lower_bound = static_cast<float>(in.options.lower_bound);
+  p.a_log = pointer<float>(in.a_log);
+  p.dt_bias = pointer<float>(in.dt_bias);
+  p.l2norm = in.options.l2norm;
+  p.beta_is_logit = in.options.beta_is_logit;
+  p.scale = static_cast<float>(in.options.scale);
+  p.out_stride = shape.value_row();
+}
+
 // Elements from one token to the next of a [B, T, ...] tensor whose rows are contiguous and evenly spaced.
 inline int64_t token_stride(const char* name, const Tensor& tensor) {
   int64_t row = 1;
@@ -159,23 +197,37 @@ inline int64_t pool_stride(const Tensor& pool, const Shape& shape) {
   return pool.stride(0);
 }
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
-                                  type);
-}
+// Of q, k, v, gate, beta, a_log, dt_bias and initial_state; empty for an argument that is not there.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
-                                  type);
-}
+// Room for all of them but that of the state. The first five are of their arguments' types, and whatever
+// kernel runs fills them. a_log and dt_bias are zeros: neither is written without a gate, and nothing is
+// without tokens.
+struct InputGradients {
+  InputGradients(const Inputs& in, const Shape& shape)
+      : q(like(in.q)),
+        k(like(in.k)),
+        v(like(in.v)),
+        gate(like(in.gate)),
+        beta(like(in.beta)),
+        a_log(zeros(in.q, {in.a_log ? shape.value_heads : 0}, ScalarType::Float)),
+        dt_bias(zeros(in.q, {in.dt_bias ? shape.gate_row() : 0}, ScalarType::Float)) {}
 
-template <class T>
-T* pointer(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-template <class T>
-T* pointer(const OptionalTensor& tensor) {
-  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
-}
+  template <class Params>
+  void set_gate_gradients(Params& p) const {
+    const bool gated = p.forward.gate_kind != KdaGate::kNone;
+    p.d_a_log = gated && a_log.numel() > 0 ? pointer<float>(a_log) : nullptr;
+    p.d_dt_bias = gated && dt_bias.numel() > 0 ? pointer<float>(dt_bias) : nullptr;
+  }
+  Gradients with_state(const Tensor& state) const { return {q, k, v, gate, beta, a_log, dt_bias, state}; }
+
+  Tensor q, k, v, gate, beta, a_log, dt_bias;
+
+ private:
+  static Tensor like(const Tensor& t) {
+    if (t.dim() == 4) return empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type());
+    return empty(t, {t.size(0), t.size(1), t.size(2)}, t.scalar_type());
+  }
+};
 
 }  // namespace kilin::torch_ops

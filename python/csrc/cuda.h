@@ -73,11 +73,7 @@ Params cuda_params(const Inputs& in, const Shape& shape, const Tensor& out, bool
   check(float32 || in.q.scalar_type() != ScalarType::Float,
         "kda: q is float32, but the chunked CUDA kernels and the backward pass take bfloat16 and float16");
   Params p;
-  p.heads = static_cast<int>(shape.heads);
-  p.value_heads = static_cast<int>(shape.value_heads);
-  p.key_dim = static_cast<int>(shape.key_dim);
-  p.value_dim = static_cast<int>(shape.value_dim);
-  p.sequences = static_cast<int>(shape.sequences);
+  set_sizes_and_options(p, in, shape);
   p.tokens = shape.tokens();
   p.cu_seqlens = pointer<void>(in.cu_seqlens);
   p.wide_seqlens = in.cu_seqlens && in.cu_seqlens->scalar_type() == ScalarType::Long;
@@ -89,16 +85,8 @@ Params cuda_params(const Inputs& in, const Shape& shape, const Tensor& out, bool
   p.gate_type = cuda_type("gate", in.gate);
   p.beta = {in.beta.data_ptr(), token_stride("beta", in.beta)};
   p.beta_type = cuda_type("beta", in.beta);
-  p.gate_kind = gate_kind(in.options);
-  p.lower_bound = static_cast<float>(in.options.lower_bound);
-  p.a_log = pointer<float>(in.a_log);
-  p.dt_bias = pointer<float>(in.dt_bias);
-  p.l2norm = in.options.l2norm;
-  p.beta_is_logit = in.options.beta_is_logit;
   p.beta_scale = static_cast<float>(in.options.beta_scale);
-  p.scale = static_cast<float>(in.options.scale);
   p.out = out.data_ptr();
-  p.out_stride = shape.value_row();
   return p;
 }
 

@@ -81,11 +81,7 @@ KdaParams cpu_params(const Inputs& in, const Shape& shape) {
   }
   check(in.options.beta_scale == 1.0, "kda: beta_scale is {} on the CPU, expected 1", in.options.beta_scale);
   KdaParams p;
-  p.heads = static_cast<int>(shape.heads);
-  p.value_heads = static_cast<int>(shape.value_heads);
-  p.key_dim = static_cast<int>(shape.key_dim);
-  p.value_dim = static_cast<int>(shape.value_dim);
-  p.sequences = static_cast<int>(shape.sequences);
+  set_sizes_and_options(p, in, shape);
   p.q = pointer<float>(in.q);
   p.k = pointer<float>(in.k);
   p.v = pointer<float>(in.v);
@@ -96,15 +92,7 @@ KdaParams cpu_params(const Inputs& in, const Shape& shape) {
   p.v_stride = token_stride("v", in.v);
   p.gate_stride = token_stride("gate", in.gate);
   p.beta_stride = token_stride("beta", in.beta);
-  p.gate_kind = gate_kind(in.options);
-  p.lower_bound = static_cast<float>(in.options.lower_bound);
-  p.a_log = pointer<float>(in.a_log);
-  p.dt_bias = pointer<float>(in.dt_bias);
-  p.l2norm = in.options.l2norm;
-  p.beta_is_logit = in.options.beta_is_logit;
-  p.scale = static_cast<float>(in.options.scale);
   p.slot_stride = shape.state_size();
-  p.out_stride = shape.value_row();
   return p;
 }
 

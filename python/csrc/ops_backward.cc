@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradients on the CPU (float32).
 #include <cstring>
-#include <tuple>
 #include <vector>
 
 #include "arguments.h"
@@ -11,9 +10,6 @@
 namespace kilin::torch_ops {
 namespace {
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// Of q, k, v, gate, beta, a_log, dt_bias and initial_state; empty for an argument that is not there.
 Gradients kda_backward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate,
                            const Tensor& beta, const OptionalTensor& a_log, const OptionalTensor& dt_bias,
                            const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
@@ -38,18 +34,7 @@ Gradients kda_backward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, co
   p.d_out = pointer<float>(d_out);
   p.d_out_stride = token_stride("d_out", d_out);
 
-  // Zeros: without tokens nothing is written.
-  const auto like = [](const Tensor& t) {
-    if (t.dim() == 4) return zeros(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, ScalarType::Float);
-    return zeros(t, {t.size(0), t.size(1), t.size(2)}, ScalarType::Float);
-  };
-  const Tensor dq = like(q);
-  const Tensor dk = like(k);
-  const Tensor dv = like(v);
-  const Tensor dgate = like(gate);
-  const Tensor dbeta = like(beta);
-  const Tensor da_log = zeros(q, {a_log ? shape.value_heads : 0}, ScalarType::Float);
-  const Tensor ddt_bias = zeros(q, {dt_bias ? shape.gate_row() : 0}, ScalarType::Float);
+  const InputGradients d(in, shape);
   const bool want_state = initial_state || d_state;
   const Tensor dstate =
       want_state
@@ -61,21 +46,18 @@ Gradients kda_backward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, co
   }
   p.d_state = want_state ? pointer<float>(dstate) : nullptr;
   p.d_slot_stride = shape.state_size();
-  p.d_q = pointer<float>(dq);
-  p.d_k = pointer<float>(dk);
-  p.d_v = pointer<float>(dv);
-  p.d_gate = pointer<float>(dgate);
-  p.d_beta = pointer<float>(dbeta);
+  p.d_q = pointer<float>(d.q);
+  p.d_k = pointer<float>(d.k);
+  p.d_v = pointer<float>(d.v);
+  p.d_gate = pointer<float>(d.gate);
+  p.d_beta = pointer<float>(d.beta);
   p.d_q_stride = p.d_k_stride = shape.key_row();
   p.d_v_stride = shape.value_row();
   p.d_gate_stride = shape.gate_row();
   p.d_beta_stride = shape.value_heads;
-  const bool gated = p.forward.gate_kind != KdaGate::kNone;
-  p.d_a_log = gated && a_log ? pointer<float>(da_log) : nullptr;
-  p.d_dt_bias = gated && dt_bias ? pointer<float>(ddt_bias) : nullptr;
+  d.set_gate_gradients(p);
   if (shape.tokens() > 0) kda_backward(p, thread_pool());
-  const Tensor none = zeros(q, {0}, ScalarType::Float);
-  return {dq, dk, dv, dgate, dbeta, da_log, ddt_bias, initial_state ? dstate : none};
+  return d.with_state(initial_state ? dstate : empty(q, {0}, ScalarType::Float));
 }
 
 }  // namespace

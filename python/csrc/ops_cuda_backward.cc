@@ -1,23 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradients on NVIDIA GPUs: kda_backward_cuda on torch's current stream, with workspace from torch's
 // caching allocator. Nothing here synchronises.
-#include <tuple>
-
 #include "cuda.h"
 #include "kernels/kda/kda_backward_cuda.h"
 
 namespace kilin::torch_ops {
 namespace {
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Tensor like(const Tensor& t) {
-  if (t.dim() == 4) return empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type());
-  return empty(t, {t.size(0), t.size(1), t.size(2)}, t.scalar_type());
-}
-
-// Of q, k, v, gate, beta, a_log, dt_bias and initial_state, each in the type of its tensor; empty for an
-// argument that is not there. K = V of 64 or 128 (_ops.py pads others).
+// K = V of 64 or 128 (_ops.py pads others).
 Gradients kda_backward_gpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gate,
                            const Tensor& beta, const OptionalTensor& a_log, const OptionalTensor& dt_bias,
                            const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
@@ -36,14 +26,7 @@ Gradients kda_backward_gpu(const Tensor& q, const Tensor& k, const Tensor& v, co
   if (initial_state) check_plain("initial_state", *initial_state, states, ScalarType::Float, q);
   if (d_state) check_plain("d_state", *d_state, states, ScalarType::Float, q);
 
-  const Tensor dq = like(q);
-  const Tensor dk = like(k);
-  const Tensor dv = like(v);
-  const Tensor dgate = like(gate);
-  const Tensor dbeta = like(beta);
-  // Zeros: without tokens nothing is written, and without a gate neither of these is.
-  const Tensor da_log = zeros(q, {a_log ? shape.value_heads : 0}, ScalarType::Float);
-  const Tensor ddt_bias = zeros(q, {dt_bias ? shape.gate_row() : 0}, ScalarType::Float);
+  const InputGradients d(in, shape);
   Tensor dstate =
       initial_state
           ? empty(q, {shape.sequences, shape.value_heads, shape.value_dim, shape.key_dim}, ScalarType::Float)
@@ -51,7 +34,7 @@ Gradients kda_backward_gpu(const Tensor& q, const Tensor& k, const Tensor& v, co
   if (shape.tokens() == 0) {
     if (initial_state && d_state) torch::stable::copy_(dstate, *d_state);
     if (initial_state && !d_state) torch::stable::zero_(dstate);
-    return {dq, dk, dv, dgate, dbeta, da_log, ddt_bias, dstate};
+    return d.with_state(dstate);
   }
 
   KdaBackwardCudaParams p;
@@ -61,18 +44,16 @@ Gradients kda_backward_gpu(const Tensor& q, const Tensor& k, const Tensor& v, co
   p.d_out = {d_out.data_ptr(), token_stride("d_out", d_out)};
   if (d_state) p.d_final = {.data = d_state->data_ptr(), .slot_stride = shape.state_size()};
   if (initial_state) p.d_initial = {.data = dstate.data_ptr(), .slot_stride = shape.state_size()};
-  p.d_q = {dq.data_ptr(), shape.key_row()};
-  p.d_k = {dk.data_ptr(), shape.key_row()};
-  p.d_v = {dv.data_ptr(), shape.value_row()};
-  p.d_gate = {dgate.data_ptr(), shape.gate_row()};
-  p.d_beta = {dbeta.data_ptr(), shape.value_heads};
-  const bool gated = p.forward.gate_kind != KdaGate::kNone;
-  p.d_a_log = gated && a_log ? pointer<float>(da_log) : nullptr;
-  p.d_dt_bias = gated && dt_bias ? pointer<float>(ddt_bias) : nullptr;
+  p.d_q = {d.q.data_ptr(), shape.key_row()};
+  p.d_k = {d.k.data_ptr(), shape.key_row()};
+  p.d_v = {d.v.data_ptr(), shape.value_row()};
+  p.d_gate = {d.gate.data_ptr(), shape.gate_row()};
+  p.d_beta = {d.beta.data_ptr(), shape.value_heads};
+  d.set_gate_gradients(p);
   const auto bytes = static_cast<int64_t>(kda_backward_cuda_workspace(p));
   const Tensor workspace = empty(q, {bytes}, ScalarType::Byte);
   kda_backward_cuda(p, workspace.data_ptr(), static_cast<size_t>(bytes), current_stream(q.get_device()));
-  return {dq, dk, dv, dgate, dbeta, da_log, ddt_bias, dstate};
+  return d.with_state(dstate);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include "io/checkpoint.h"
 
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
 

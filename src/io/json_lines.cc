@@ -2,6 +2,7 @@
 #include "io/json_lines.h"
 
 #include <algorithm>
+#include <nlohmann/json.hpp>
 
 #include "base/error.h"
 

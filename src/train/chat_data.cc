@@ -2,6 +2,7 @@
 #include "train/chat_data.h"
 
 #include <algorithm>
+#include <nlohmann/json.hpp>
 #include <utility>
 
 #include "base/error.h"

@@ -3,6 +3,7 @@
 // batch, logits and states agree.
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <numeric>
 
 #include "base/cpu.h"

@@ -6,6 +6,7 @@
 
 #include <complex>
 #include <fstream>
+#include <nlohmann/json.hpp>
 
 #include "support/variants.h"
 #include "train/torch_test_support.h"

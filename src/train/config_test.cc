@@ -149,6 +149,17 @@ TEST(TrainConfig, FilesMustExist) {
             "valid_sequences)");
 }
 
+TEST(TrainConfig, LengthsOfSyntheticExamples) {
+  const auto error = [](const std::string& value) { return error_of([&] { read(kGood, {value}); }); };
+  EXPECT_EQ(read(kGood, {"data.lengths=[8, 32]"}).data.lengths, (std::vector<int64_t>{8, 32}));
+  EXPECT_EQ(
+      error("data.lengths=8"),
+      "--set data.lengths: key 'data.lengths': found 8, expected a list of integers from 2 to 16777216");
+  EXPECT_EQ(error("data.lengths=[8, 1]").find("--set data.lengths: key 'data.lengths': found"), 0u);
+  EXPECT_EQ(error("data.lengths=[8, 12]"),
+            "t.toml:21: section [data]: lengths: found 12, expected a divisor of the 32 tokens of a row");
+}
+
 TEST(TrainConfig, CheckpointsAndConfigFiles) {
   const std::string docs = std::string(KILIN_SOURCE_DIR) + "/models/kilin-docs-10m";
   const std::string text = "[run]\nout = \"x\"\nsteps = 1\n[model]\ncheckpoint = \"" + docs +

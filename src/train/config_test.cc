@@ -149,15 +149,18 @@ TEST(TrainConfig, FilesMustExist) {
             "valid_sequences)");
 }
 
-TEST(TrainConfig, LengthsOfSyntheticExamples) {
+TEST(TrainConfig, SeveralSyntheticExamplesARow) {
   const auto error = [](const std::string& value) { return error_of([&] { read(kGood, {value}); }); };
-  EXPECT_EQ(read(kGood, {"data.lengths=[8, 32]"}).data.lengths, (std::vector<int64_t>{8, 32}));
+  EXPECT_EQ(read(kGood, {"data.examples_per_row=[4, 1]"}).data.examples_per_row,
+            (std::vector<int64_t>{4, 1}));
   EXPECT_EQ(
-      error("data.lengths=8"),
-      "--set data.lengths: key 'data.lengths': found 8, expected a list of integers from 2 to 16777216");
-  EXPECT_EQ(error("data.lengths=[8, 1]").find("--set data.lengths: key 'data.lengths': found"), 0u);
-  EXPECT_EQ(error("data.lengths=[8, 12]"),
-            "t.toml:21: section [data]: lengths: found 12, expected a divisor of the 32 tokens of a row");
+      error("data.examples_per_row=4"),
+      "--set data.examples_per_row: key 'data.examples_per_row': found 4, expected a list of integers from 1 "
+      "to 16777216");
+  EXPECT_EQ(error("data.examples_per_row=[4, 0]").find("--set data.examples_per_row: key"), 0u);
+  EXPECT_EQ(
+      error("data.examples_per_row=[4, 5]"),
+      "t.toml:21: section [data]: examples_per_row: found 5, expected a divisor of the 32 tokens of a row");
 }
 
 TEST(TrainConfig, CheckpointsAndConfigFiles) {

@@ -96,15 +96,15 @@ void StreamRows::append(uint64_t row, PackedRows& out) const {
 }
 
 SyntheticRows::SyntheticRows(const eval::SyntheticConfig& config, eval::Split split, uint64_t rows,
-                             const std::vector<int64_t>& lengths)
+                             const std::vector<int64_t>& examples)
     : row_length_(config.length), split_(split), rows_(rows) {
   const eval::SyntheticConfig whole = eval::SyntheticTask(config).config();
-  for (const int64_t length : lengths.empty() ? std::vector{config.length} : lengths) {
-    check(length > 0 && row_length_ % length == 0,
-          "lengths: found {}, expected a divisor of the {} tokens of a row", length, row_length_);
+  for (const int64_t count : examples.empty() ? std::vector<int64_t>{1} : examples) {
+    check(count > 0 && row_length_ % count == 0,
+          "examples_per_row: found {}, expected a divisor of the {} tokens of a row", count, row_length_);
     eval::SyntheticConfig part = whole;
-    part.length = length;
-    part.kv_pairs = std::max<int64_t>(1, whole.kv_pairs * length / row_length_);
+    part.length = row_length_ / count;
+    part.kv_pairs = std::max<int64_t>(1, whole.kv_pairs / count);
     tasks_.emplace_back(part);
   }
 }

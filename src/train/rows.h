@@ -71,11 +71,10 @@ class StreamRows : public RowSource {
 // The examples of a synthetic task. The training split has no end.
 class SyntheticRows : public RowSource {
  public:
-  // One example of config.length tokens a row; or, row n, as many of lengths[n mod count] tokens as fill it,
-  // each with its share of the key value pairs. Throws Error for a length that no example can have or that
-  // does not divide the row.
+  // One example of config.length tokens a row; or, row n, examples[n mod count] of them, all of one length
+  // and each with its share of the key value pairs. Throws Error for a number that no row can be cut into.
   SyntheticRows(const eval::SyntheticConfig& config, eval::Split split, uint64_t rows,
-                const std::vector<int64_t>& lengths = {});
+                const std::vector<int64_t>& examples = {});
   uint64_t rows() const override { return rows_; }
   void append(uint64_t row, PackedRows& out) const override;
 

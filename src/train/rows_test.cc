@@ -88,13 +88,13 @@ TEST(SyntheticRows, AreTheExamplesOfTheTask) {
   EXPECT_EQ(packed.cu_seqlens, (Ids{0, 32, 64}));
 }
 
-TEST(SyntheticRows, OfShorterExamplesInTurn) {
+TEST(SyntheticRows, SeveralExamplesARowInTurn) {
   eval::SyntheticConfig config;
   config.kind = eval::SyntheticKind::kMqar;
   config.length = 32;
   config.vocabulary = 64;
   config.kv_pairs = 8;
-  const SyntheticRows train(config, eval::Split::kTrain, kEndlessRows, {8, 32});
+  const SyntheticRows train(config, eval::Split::kTrain, kEndlessRows, {4, 1});
   PackedRows packed;
   train.append(6, packed);
   train.append(7, packed);
@@ -107,9 +107,9 @@ TEST(SyntheticRows, OfShorterExamplesInTurn) {
   EXPECT_EQ(Ids(packed.labels.begin() + 8, packed.labels.begin() + 16), example.labels);
   config.length = 32;
   EXPECT_EQ(error_of([&] {
-              SyntheticRows(config, eval::Split::kTrain, 1, {8, 12});
+              SyntheticRows(config, eval::Split::kTrain, 1, {4, 5});
             }),
-            "lengths: found 12, expected a divisor of the 32 tokens of a row");
+            "examples_per_row: found 5, expected a divisor of the 32 tokens of a row");
 }
 
 TEST(PackedSequences, FillRowsWithWholeSequences) {

@@ -27,7 +27,7 @@ CONFIG = """
 [run]
 out = "{out}"
 steps = {total}
-log_every = {log_every}
+log_every = 1
 device = "{device}"
 [model]
 vocab_size = {vocabulary}
@@ -93,8 +93,7 @@ def write_tokens(path, vocabulary, count):
 def run_kilin(arguments, shape, folder):
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
-    log_every = 1
-    text = CONFIG.format(out=out, total=arguments.warmup + arguments.steps, log_every=log_every, device=arguments.device,
+    text = CONFIG.format(out=out, total=arguments.warmup + arguments.steps, device=arguments.device,
                          tokens=folder / "tokens.kbin", **shape)
     (folder / "train.toml").write_text(text, encoding="utf-8")
     try:

@@ -6,7 +6,6 @@ for the GPU a step. "layer": the rest of the model in torch's own modules. "fuse
 kernels too. Nothing of FLA is copied; the package is loaded from a folder given on the command line.
 """
 import importlib
-import importlib.util
 import json
 import os
 import statistics
@@ -17,8 +16,6 @@ import types
 import torch
 from torch import nn
 from torch.nn import functional
-
-KINDS = ("layer", "fused")
 
 
 def load_fla(folder):

@@ -16,7 +16,7 @@ namespace kilin::cli {
 namespace {
 
 constexpr const char* kFooter =
-    R"(LOG is a log.jsonl or the directory of a run. Keys: step, tokens, seconds; loss,
+    R"(LOG is a log.jsonl or log.csv, or the directory of a run. Keys: step, tokens, seconds; loss,
 accuracy, lr, grad_norm, tokens_per_second, share_of_peak, valid_loss,
 valid_perplexity, valid_accuracy, valid_exact. Drawn by gnuplot.
 

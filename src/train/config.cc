@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "train/model_section.h"
+#include "train/rows.h"
 
 namespace kilin::train {
 namespace {
@@ -38,9 +39,11 @@ void read_synthetic(const TomlReader& data, DataConfig& config) {
   task.power = data.number_or("power", task.power, 1e-6, 1);
   task.random_filler = data.boolean_or("random_filler", task.random_filler);
   task.stacks = data.integer_or("stacks", task.stacks, 1, 1 << 20);
+  config.examples_per_row = data.integers("examples_per_row", 1, kMaxSequence);
   config.valid_sequences = data.integer_or("valid_sequences", 64, 1, kMaxSequences);
   try {
     task = eval::SyntheticTask(task).config();
+    const SyntheticRows check_rows(task, eval::Split::kTrain, 1, config.examples_per_row);
   } catch (const Error& error) {
     fail("{}: section [data]: {}", data.place("task"), error.what());
   }

@@ -49,7 +49,8 @@ struct DataConfig {
   bool split_documents = false;           // documents of one row do not see each other
   int64_t valid_sequences = 0;            // held-out rows that are evaluated; 0: all (synthetic: 64)
   eval::SyntheticConfig synthetic;
-  std::vector<std::string> places;  // "train.toml:9" for [train..., valid...], for errors of files
+  std::vector<int64_t> examples_per_row;  // synthetic: see SyntheticRows
+  std::vector<std::string> places;        // "train.toml:9" for [train..., valid...], for errors of files
 };
 
 enum class OptimizerKind { kAdamW, kMuon };

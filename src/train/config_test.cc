@@ -149,6 +149,20 @@ TEST(TrainConfig, FilesMustExist) {
             "valid_sequences)");
 }
 
+TEST(TrainConfig, SeveralSyntheticExamplesARow) {
+  const auto error = [](const std::string& value) { return error_of([&] { read(kGood, {value}); }); };
+  EXPECT_EQ(read(kGood, {"data.examples_per_row=[4, 1]"}).data.examples_per_row,
+            (std::vector<int64_t>{4, 1}));
+  EXPECT_EQ(
+      error("data.examples_per_row=4"),
+      "--set data.examples_per_row: key 'data.examples_per_row': found 4, expected a list of integers from 1 "
+      "to 16777216");
+  EXPECT_EQ(error("data.examples_per_row=[4, 0]").find("--set data.examples_per_row: key"), 0u);
+  EXPECT_EQ(
+      error("data.examples_per_row=[4, 5]"),
+      "t.toml:21: section [data]: examples_per_row: found 5, expected a divisor of the 32 tokens of a row");
+}
+
 TEST(TrainConfig, CheckpointsAndConfigFiles) {
   const std::string docs = std::string(KILIN_SOURCE_DIR) + "/models/kilin-docs-10m";
   const std::string text = "[run]\nout = \"x\"\nsteps = 1\n[model]\ncheckpoint = \"" + docs +

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <charconv>
 #include <cmath>
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -102,33 +103,89 @@ std::string axis_label(const std::string& key) {
   return text;
 }
 
-}  // namespace
-
-Curve read_curve(const std::string& given, const PlotOptions& options) {
+// The log of a run's directory (kept ones may have the log.csv alone), or the file itself.
+std::string log_file(const std::string& given) {
+  const std::filesystem::path path(given);
   std::error_code ignored;
-  const bool directory = std::filesystem::is_directory(given, ignored);
-  const std::string path = directory ? (std::filesystem::path(given) / "log.jsonl").string() : given;
-  const io::MappedFile file(path);
-  const std::string_view text = file.text();
-  Curve curve;
+  if (!std::filesystem::is_directory(path, ignored)) return given;
+  const bool csv = !std::filesystem::exists(path / "log.jsonl", ignored) &&
+                   std::filesystem::exists(path / "log.csv", ignored);
+  return (path / (csv ? "log.csv" : "log.jsonl")).string();
+}
+
+// Calls f(line, its number) for each line that has its end.
+template <class F>
+void each_line(std::string_view text, const F& f) {
   int64_t number = 1;
-  for (size_t begin = 0, end = 0; (end = text.find('\n', begin)) != std::string_view::npos; begin = end + 1) {
-    const auto record =
-        nlohmann::json::parse(text.substr(begin, end - begin), nullptr, /*allow_exceptions=*/false);
-    const std::string place = fmt::format("{}:{}", path, number++);
+  for (size_t begin = 0, end = 0; (end = text.find('\n', begin)) != std::string_view::npos; begin = end + 1)
+    f(text.substr(begin, end - begin), number++);
+}
+
+void read_jsonl(std::string_view text, const std::string& path, const PlotOptions& options, Curve& curve) {
+  each_line(text, [&](std::string_view line, int64_t number) {
+    const auto record = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+    const std::string place = fmt::format("{}:{}", path, number);
     check(record.is_object(), "{}: found no JSON object, expected a record of a training log", place);
     const auto x = record.find(options.x);
     const auto y = record.find(options.y);
-    if (x == record.end() || y == record.end()) continue;
+    if (x == record.end() || y == record.end()) return;
     check(x->is_number() && y->is_number(), "{}: keys '{}' and '{}': expected numbers", place, options.x,
           options.y);
     curve.x.push_back(x->get<double>());
     curve.y.push_back(y->get<double>());
+  });
+}
+
+std::vector<std::string_view> fields_of(std::string_view line) {
+  std::vector<std::string_view> fields;
+  for (size_t begin = 0; begin <= line.size();) {
+    const size_t end = std::min(line.find(',', begin), line.size());
+    fields.push_back(line.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return fields;
+}
+
+void read_csv(std::string_view text, const std::string& path, const PlotOptions& options, Curve& curve) {
+  size_t x = 0, y = 0, columns = 0;
+  const auto number_of = [&](std::string_view field, int64_t line) {
+    double value = 0;
+    const auto [end, error] = std::from_chars(field.data(), field.data() + field.size(), value);
+    check(error == std::errc{} && end == field.data() + field.size(), "{}:{}: found '{}', expected a number",
+          path, line, io::printable(field));
+    return value;
+  };
+  each_line(text, [&](std::string_view line, int64_t number) {
+    const auto fields = fields_of(line);
+    if (number == 1) {
+      columns = fields.size();
+      x = static_cast<size_t>(std::find(fields.begin(), fields.end(), options.x) - fields.begin());
+      y = static_cast<size_t>(std::find(fields.begin(), fields.end(), options.y) - fields.begin());
+      return;
+    }
+    check(fields.size() == columns, "{}:{}: found {} fields, expected the {} of the first line", path, number,
+          fields.size(), columns);
+    if (x == columns || y == columns || fields[x].empty() || fields[y].empty()) return;
+    curve.x.push_back(number_of(fields[x], number));
+    curve.y.push_back(number_of(fields[y], number));
+  });
+}
+
+}  // namespace
+
+Curve read_curve(const std::string& given, const PlotOptions& options) {
+  const std::string path = log_file(given);
+  const io::MappedFile file(path);
+  Curve curve;
+  if (path.ends_with(".csv")) {
+    read_csv(file.text(), path, options, curve);
+  } else {
+    read_jsonl(file.text(), path, options, curve);
   }
   check(!curve.x.empty(), "{}: no record has both '{}' and '{}'", path, options.x, options.y);
   const std::filesystem::path absolute = std::filesystem::absolute(path).lexically_normal();
-  curve.label = absolute.filename() == "log.jsonl" ? absolute.parent_path().filename().string()
-                                                   : absolute.stem().string();
+  const bool of_run = absolute.filename() == "log.jsonl" || absolute.filename() == "log.csv";
+  curve.label = of_run ? absolute.parent_path().filename().string() : absolute.stem().string();
   return curve;
 }
 

@@ -19,9 +19,9 @@ struct PlotOptions {
   int width = 900, height = 560;  // pixels
 };
 
-// The records of a log.jsonl (or of the log.jsonl in a directory) that have both keys. Throws Error naming
-// the line for what is no JSON object, and when no record has them. A last line without its end, which a
-// killed process may leave, is passed over.
+// The records of a log.jsonl or log.csv (or of the one in a directory, the first if there are both) that have
+// both keys. Throws Error naming the line for what is no record, and when none has them. A last line without
+// its end, which a killed process may leave, is passed over.
 Curve read_curve(const std::string& path, const PlotOptions& options);
 
 // What gnuplot is told; `terminal` is "svg" or "png".

@@ -31,6 +31,23 @@ TEST(Plot, ReadsTheCurveOfALog) {
             bad + ":2: found no JSON object, expected a record of a training log");
 }
 
+TEST(Plot, ReadsTheCsvThatIsKeptOfARun) {
+  const TemporaryDirectory directory;
+  const std::string log = directory.write("log.csv", "step,loss,valid_loss\n1,2.5,\n2,,2\n3,1e-1,\n4,7");
+  const Curve curve = read_curve(directory.path(), {});
+  EXPECT_EQ(curve.x, (std::vector<double>{1, 3}));
+  EXPECT_EQ(curve.y, (std::vector<double>{2.5, 0.1}));
+  EXPECT_EQ(curve.label, std::filesystem::path(directory.path()).filename());
+  PlotOptions options;
+  options.y = "accuracy";
+  EXPECT_EQ(error_of([&] { read_curve(log, options); }), log + ": no record has both 'step' and 'accuracy'");
+  const std::string bad = directory.write("bad.csv", "step,loss\n1,two\n");
+  EXPECT_EQ(error_of([&] { read_curve(bad, {}); }), bad + ":2: found 'two', expected a number");
+  const std::string cut = directory.write("cut.csv", "step,loss\n1\n");
+  EXPECT_EQ(error_of([&] { read_curve(cut, {}); }),
+            cut + ":2: found 1 fields, expected the 2 of the first line");
+}
+
 TEST(Plot, ScriptQuotesWhatUsersName) {
   PlotOptions options;
   options.title = "a \"title\"";

@@ -95,13 +95,32 @@ void StreamRows::append(uint64_t row, PackedRows& out) const {
   out.end_sequence();
 }
 
+SyntheticRows::SyntheticRows(const eval::SyntheticConfig& config, eval::Split split, uint64_t rows,
+                             const std::vector<int64_t>& examples)
+    : row_length_(config.length), split_(split), rows_(rows) {
+  const eval::SyntheticConfig whole = eval::SyntheticTask(config).config();
+  for (const int64_t count : examples.empty() ? std::vector<int64_t>{1} : examples) {
+    check(count > 0 && row_length_ % count == 0,
+          "examples_per_row: found {}, expected a divisor of the {} tokens of a row", count, row_length_);
+    eval::SyntheticConfig part = whole;
+    part.length = row_length_ / count;
+    part.kv_pairs = std::max<int64_t>(1, whole.kv_pairs / count);
+    tasks_.emplace_back(part);
+  }
+}
+
 void SyntheticRows::append(uint64_t row, PackedRows& out) const {
-  const auto length = static_cast<size_t>(task_.config().length);
-  const size_t begin = out.tokens.size();
-  out.tokens.resize(begin + length);
-  out.labels.resize(begin + length);
-  task_.fill(split_, row, std::span(out.tokens).subspan(begin), std::span(out.labels).subspan(begin));
-  out.end_sequence();
+  const eval::SyntheticTask& task = tasks_[row % tasks_.size()];
+  const auto length = static_cast<size_t>(task.config().length);
+  const auto examples = static_cast<uint64_t>(row_length_ / task.config().length);
+  for (uint64_t i = 0; i < examples; ++i) {
+    const size_t begin = out.tokens.size();
+    out.tokens.resize(begin + length);
+    out.labels.resize(begin + length);
+    task.fill(split_, row * examples + i, std::span(out.tokens).subspan(begin),
+              std::span(out.labels).subspan(begin));
+    out.end_sequence();
+  }
 }
 
 PackedSequences::PackedSequences(std::vector<LabelledSequence> sequences, int64_t length, uint64_t seed)

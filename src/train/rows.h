@@ -68,16 +68,19 @@ class StreamRows : public RowSource {
   int32_t bos_id_, eos_id_;
 };
 
-// The examples of a synthetic task, one a row. The training split has no end.
+// The examples of a synthetic task. The training split has no end.
 class SyntheticRows : public RowSource {
  public:
-  SyntheticRows(const eval::SyntheticConfig& config, eval::Split split, uint64_t rows)
-      : task_(config), split_(split), rows_(rows) {}
+  // One example of config.length tokens a row; or, row n, examples[n mod count] of them, all of one length
+  // and each with its share of the key value pairs. Throws Error for a number that no row can be cut into.
+  SyntheticRows(const eval::SyntheticConfig& config, eval::Split split, uint64_t rows,
+                const std::vector<int64_t>& examples = {});
   uint64_t rows() const override { return rows_; }
   void append(uint64_t row, PackedRows& out) const override;
 
  private:
-  eval::SyntheticTask task_;
+  int64_t row_length_;
+  std::vector<eval::SyntheticTask> tasks_;  // row n takes the n mod size'th
   eval::Split split_;
   uint64_t rows_;
 };

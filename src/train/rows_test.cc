@@ -88,6 +88,30 @@ TEST(SyntheticRows, AreTheExamplesOfTheTask) {
   EXPECT_EQ(packed.cu_seqlens, (Ids{0, 32, 64}));
 }
 
+TEST(SyntheticRows, SeveralExamplesARowInTurn) {
+  eval::SyntheticConfig config;
+  config.kind = eval::SyntheticKind::kMqar;
+  config.length = 32;
+  config.vocabulary = 64;
+  config.kv_pairs = 8;
+  const SyntheticRows train(config, eval::Split::kTrain, kEndlessRows, {4, 1});
+  PackedRows packed;
+  train.append(6, packed);
+  train.append(7, packed);
+  EXPECT_EQ(packed.cu_seqlens, (Ids{0, 8, 16, 24, 32, 64}));
+  EXPECT_EQ(packed.counted(), 4 * 2 + 8);
+  config.length = 8;
+  config.kv_pairs = 2;
+  const auto example = eval::SyntheticTask(config).example(eval::Split::kTrain, 6 * 4 + 1);
+  EXPECT_EQ(Ids(packed.tokens.begin() + 8, packed.tokens.begin() + 16), example.tokens);
+  EXPECT_EQ(Ids(packed.labels.begin() + 8, packed.labels.begin() + 16), example.labels);
+  config.length = 32;
+  EXPECT_EQ(error_of([&] {
+              SyntheticRows(config, eval::Split::kTrain, 1, {4, 5});
+            }),
+            "examples_per_row: found 5, expected a divisor of the 32 tokens of a row");
+}
+
 TEST(PackedSequences, FillRowsWithWholeSequences) {
   std::vector<LabelledSequence> sequences;
   size_t total = 0;

@@ -134,7 +134,8 @@ Sources open_sources(const TrainConfig& config) {
   Sources sources;
   const auto tokenizer = load_tokenizer(config);
   if (data.kind == DataKind::kSynthetic) {
-    sources.train = std::make_unique<SyntheticRows>(data.synthetic, eval::Split::kTrain, kEndlessRows);
+    sources.train = std::make_unique<SyntheticRows>(data.synthetic, eval::Split::kTrain, kEndlessRows,
+                                                    data.examples_per_row);
     sources.valid = std::make_unique<SyntheticRows>(data.synthetic, eval::Split::kHeldOut,
                                                     static_cast<uint64_t>(data.valid_sequences));
     return sources;

@@ -316,6 +316,21 @@ std::vector<std::string> TomlReader::strings(std::string_view key) const {
   return result;
 }
 
+std::vector<int64_t> TomlReader::integers(std::string_view key, int64_t min, int64_t max) const {
+  const TomlValue* found = look(key);
+  if (found == nullptr) return {};
+  const std::string expected = fmt::format("a list of integers from {} to {}", min, max);
+  const auto* list = std::get_if<TomlArray>(&found->value);
+  if (list == nullptr) refuse(key, expected);
+  std::vector<int64_t> result;
+  for (const TomlValue& item : *list) {
+    const auto* number = std::get_if<int64_t>(&item.value);
+    if (number == nullptr || *number < min || *number > max) refuse(key, expected);
+    result.push_back(*number);
+  }
+  return result;
+}
+
 TomlReader TomlReader::section(std::string_view key) const {
   const TomlValue* found = look(key);
   if (found != nullptr && found->table() == nullptr) refuse(key, "a section, [" + key_path(key) + "]");

@@ -66,6 +66,8 @@ class TomlReader {
                         std::initializer_list<std::string_view> choices) const;
   // A string or a list of strings; empty when the key is missing.
   std::vector<std::string> strings(std::string_view key) const;
+  // A list of integers; empty when the key is missing.
+  std::vector<int64_t> integers(std::string_view key, int64_t min, int64_t max) const;
   // A table; a reader of nothing when the key is missing.
   TomlReader section(std::string_view key) const;
   // The value itself, counted as read with all that it holds; nullptr when the key is missing.

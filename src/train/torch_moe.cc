@@ -141,7 +141,7 @@ at::Tensor TorchOps::moe(const Tensor& x, const MoeWeights<Weight>& w, int layer
   const Tensor order = std::get<1>(at::sort(flat, true, -1, false));  // stable
   const Tensor inverse = at::empty_like(order).scatter_(0, order, at::arange(order.size(0), order.options()));
   const Tensor counts = tokens_of_each(flat, m.experts);
-  const Tensor in = SortRows::apply(operand(x), order, inverse, m.top_k);
+  const Tensor in = SortRows::apply(shared_operand(x), order, inverse, m.top_k);
   // torch's grouped products: rows of 16 bytes, on the GPU bfloat16
   const bool type_fits = in.scalar_type() == at::kBFloat16 || (in.scalar_type() == at::kFloat && x.is_cpu());
   const bool grouped = type_fits && m.width % 8 == 0 && config_.hidden % 8 == 0 && !has_lora(w.experts);

@@ -59,10 +59,20 @@ void TorchOps::begin(const TrainBatch& batch, bool count) {
   wanted_ = batch.wanted.defined() ? batch.wanted.to(options_.device) : at::Tensor();
   if (sequences_.cu != batch.cu_seqlens) sequences_ = Sequences::of(batch.cu_seqlens, options_.device);
   count_ = count;
+  cast_from_ = cast_to_ = Tensor();
 }
 
 at::Tensor TorchOps::operand(const Tensor& x) const {
   return options_.autocast_bf16 ? x.to(at::kBFloat16) : x;
+}
+
+at::Tensor TorchOps::shared_operand(const Tensor& x) {
+  if (!options_.autocast_bf16 || x.scalar_type() == at::kBFloat16) return operand(x);
+  if (!cast_from_.is_same(x)) {
+    cast_to_ = operand(x);
+    cast_from_ = x;
+  }
+  return cast_to_;
 }
 
 at::Tensor TorchOps::exact(const Tensor& x) const { return x.to(options_.dtype); }

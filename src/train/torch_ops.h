@@ -36,10 +36,10 @@ class TorchOps {
 
   Tensor embed(const Weight& table);
   Tensor rms_norm(const Tensor& x, const Weight& w, double eps);
-  Tensor linear(const Tensor& x, const Weight& w) { return product(operand(x), w); }
+  Tensor linear(const Tensor& x, const Weight& w) { return product(shared_operand(x), w); }
   template <size_t N>
   std::array<Tensor, N> linears(const Tensor& x, const std::array<const Weight*, N>& w) {
-    const Tensor in = operand(x);
+    const Tensor in = shared_operand(x);
     std::array<Tensor, N> y;
     for (size_t i = 0; i < N; ++i) y[i] = product(in, *w[i]);
     return y;
@@ -71,7 +71,10 @@ class TorchOps {
     Tensor weights;  // [rows][top_k]
   };
   Tensor operand(const Tensor& x) const;  // x as matrix products take it
-  Tensor exact(const Tensor& x) const;    // x as everything else takes it
+  // The same, and the one of the call before for the same x: projections of one x share its cast, and so the
+  // sum of their gradients has the type of the products.
+  Tensor shared_operand(const Tensor& x);
+  Tensor exact(const Tensor& x) const;  // x as everything else takes it
   Tensor product(const Tensor& x, const Weight& w) const;
   Tensor normalized(const Tensor& x, const Tensor& w, double eps) const;
   Tensor rotated(const Tensor& x) const;
@@ -86,6 +89,7 @@ class TorchOps {
   Sequences sequences_;
   Tensor tokens_;
   Tensor wanted_;
+  Tensor cast_from_, cast_to_;  // of shared_operand()
   bool count_ = false;
   const std::vector<std::vector<Tensor>>* leaves_ = nullptr;
   std::vector<RouterCounts> counts_;

@@ -25,16 +25,17 @@ function(kilin_isa_sources target)
   endforeach()
 endfunction()
 
-# kilin_amx_sources(TARGET file...): files for AVX-512 with AMX; on other processors nothing.
-function(kilin_amx_sources target)
+# kilin_avx512_sources(TARGET SUFFIX FLAGS file...): files that have one form only, for AVX-512 with more flags (of AMX);
+# on other processors nothing.
+function(kilin_avx512_sources target suffix flags)
   if(NOT "avx512" IN_LIST KILIN_ISAS)
     return()
   endif()
-  add_library(${target}_amx OBJECT ${ARGN})
-  target_include_directories(${target}_amx PRIVATE ${CMAKE_SOURCE_DIR}/src)
-  target_compile_definitions(${target}_amx PRIVATE KILIN_ISA=avx512)
-  target_compile_options(${target}_amx PRIVATE ${KILIN_ISA_FLAGS_avx512} -mamx-tile -mamx-bf16 -O3 -fno-math-errno
-                                               -fno-trapping-math -ffp-contract=fast)
-  target_link_libraries(${target}_amx PRIVATE kilin_flags ${KILIN_FMT})
-  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_amx>)
+  add_library(${target}_${suffix} OBJECT ${ARGN})
+  target_include_directories(${target}_${suffix} PRIVATE ${CMAKE_SOURCE_DIR}/src)
+  target_compile_definitions(${target}_${suffix} PRIVATE KILIN_ISA=avx512)
+  target_compile_options(${target}_${suffix} PRIVATE ${KILIN_ISA_FLAGS_avx512} ${flags} -O3 -fno-math-errno
+                                                     -fno-trapping-math -ffp-contract=fast)
+  target_link_libraries(${target}_${suffix} PRIVATE kilin_flags ${KILIN_FMT})
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${suffix}>)
 endfunction()

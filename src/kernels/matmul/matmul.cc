@@ -121,7 +121,8 @@ struct Piece {
 
 // The lists of one call, kept by the calling thread for the next.
 struct Plan {
-  std::vector<MatmulJob> jobs;  // with chosen rows of x already gathered for the forms that read x itself
+  // with x the copy for forms that read x itself, and x_rows only where the form chooses rows of its input
+  std::vector<MatmulJob> jobs;
   std::vector<Input> inputs;
   std::vector<size_t> input_of;  // [jobs], kNone without
   std::vector<Piece> pieces;
@@ -163,8 +164,23 @@ bool reads_x_in_place(const MatmulJob& job, Form form) {
   return form != Form::kGemmFloats || job.x_stride % kAliasFloats != 0;
 }
 
-void add_input(const MatmulJob& job, Form form, Plan& plan, size_t& bytes) {
+// The input of all rows of x, in forms that choose rows themselves.
+bool chooses_rows(const MatmulJob& job, Form form) {
+  return job.x_rows != nullptr && job.x_count > 0 && (form == Form::kBytes || form == Form::kRoundedBytes);
+}
+
+void add_input(MatmulJob job, Form form, Plan& plan, size_t& bytes) {
   if (reads_x_in_place(job, form)) return plan.input_of.push_back(kNone);
+  if (chooses_rows(job, form)) {
+    job.tokens = job.x_count;
+    job.x_rows = nullptr;
+    for (size_t i = 0; i < plan.inputs.size(); ++i) {
+      const Input& known = plan.inputs[i];
+      if (known.x == job.x && known.x_rows == nullptr && known.x_stride == job.x_stride &&
+          known.tokens == job.tokens && known.cols == job.w.cols && known.form == form)
+        return plan.input_of.push_back(i);
+    }
+  }
   // Jobs with the same input follow one another.
   for (size_t i = plan.inputs.size(); i-- > 0 && plan.inputs.size() - i <= 2;) {
     const Input& known = plan.inputs[i];
@@ -332,6 +348,7 @@ void matmul(std::span<const MatmulJob> jobs, ThreadPool& pool, Activations activ
       job.x = reinterpret_cast<const float*>(buffer + input->offset);
       job.x_stride = copied_stride(form, job.w.cols);
     }
+    if (!chooses_rows(job, form)) job.x_rows = nullptr;  // the input has them in order already
     add_pieces(job, input, form, size, plan.pieces);
   }
   prepare_inputs(plan, static_cast<int64_t>(bytes) >= kStreamBytes, buffer, pool);

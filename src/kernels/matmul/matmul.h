@@ -46,6 +46,9 @@ struct MatmulJob {
   int64_t y_stride = 0;
   // [tokens] or null: token t reads row x_rows[t] of x (the tokens of an expert) instead of row t
   const int32_t* x_rows = nullptr;
+  // Rows that x has, if jobs with x_rows choose most of them together: then they may be prepared once for
+  // all.
+  int64_t x_count = 0;
 };
 
 // What activations may be rounded to in jobs of many tokens (from 17) on a machine that multiplies them

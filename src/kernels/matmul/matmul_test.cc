@@ -213,7 +213,7 @@ TEST_P(Matmul, ChosenRowsOfXEqualTheirCopies) {
   const StoredMatrix w(GetParam().dtype, rows, cols, random);
   std::vector<float> x(static_cast<size_t>(50 * x_stride));
   for (float& v : x) v = static_cast<float>(random.normal());
-  for (int64_t tokens : {1, 3, 17, 40}) {
+  for (int64_t tokens : {1, 3, 17, 40, 70, 300}) {
     std::vector<int32_t> chosen(static_cast<size_t>(tokens));
     std::vector<float> copies, y(static_cast<size_t>(tokens * rows)), expected(y.size());
     for (int32_t& row : chosen) {
@@ -229,6 +229,13 @@ TEST_P(Matmul, ChosenRowsOfXEqualTheirCopies) {
     const MatmulJob job{tokens, copies.data(), cols, w.matrix, expected.data(), rows};
     multiply(std::span(&job, 1), pool);
     EXPECT_EQ(y, expected) << tokens;
+    // and with all rows of x prepared once
+    std::vector<float> again(y.size());
+    const MatmulJob counted[] = {
+        {tokens, x.data(), x_stride, w.matrix, other.data(), rows, first.data(), 50},
+        {tokens, x.data(), x_stride, w.matrix, again.data(), rows, chosen.data(), 50}};
+    multiply(counted, pool);
+    EXPECT_EQ(again, expected) << tokens;
   }
 }
 

@@ -116,18 +116,18 @@ constexpr int kTileTokens = 4;
 template <>
 constexpr int kTileTokens<ActivationBlock> = 3;
 
-// sums[t][j] += the products of block i with M tokens, whose activations lie `stride` apart
+// sums[t][j] += the products of block i of the weights with block i of x[t]
 template <class Type, int M, class Block>
-KILIN_INLINE void multiply_block(const Wide& w, int64_t i, const Block* x, int64_t stride,
+KILIN_INLINE void multiply_block(const Wide& w, int64_t i, const Block* const (&x)[M],
                                  float (*sums)[kPanels][16]) {
-  constexpr bool kTwoBytes = sizeof(x->bytes) == 64;
+  constexpr bool kTwoBytes = sizeof(Block::bytes) == 64;
   constexpr int kUnits = 8 / Type::kSides;
 #pragma GCC unroll 2
   for (int side = 0; side < Type::kSides; ++side) {
     __m512i low[M][kPanels], high[M][kPanels];
 #pragma GCC unroll 4
     for (int t = 0; t < M; ++t) {
-      const Block& a = x[t * stride];
+      const Block& a = x[t][i];
       const int sum = Type::kSides == 1 ? a.sums[0] + a.sums[1] : a.sums[side];
       low[t][0] = low[t][1] = _mm512_set1_epi32(-Type::kOffset * sum);
       high[t][0] = high[t][1] = _mm512_setzero_si512();
@@ -138,7 +138,7 @@ KILIN_INLINE void multiply_block(const Wide& w, int64_t i, const Block* x, int64
       const __m512i w1 = _mm512_load_si512(w.unit[i][u][1]);
 #pragma GCC unroll 4
       for (int t = 0; t < M; ++t) {
-        const int8_t* bytes = x[t * stride].bytes + 4 * u;
+        const int8_t* bytes = x[t][i].bytes + 4 * u;
         const __m512i v_low = broadcast(bytes);
         low[t][0] = _mm512_dpbusd_epi32(low[t][0], w0, v_low);
         low[t][1] = _mm512_dpbusd_epi32(low[t][1], w1, v_low);
@@ -154,7 +154,7 @@ KILIN_INLINE void multiply_block(const Wide& w, int64_t i, const Block* x, int64
       const Vec scale = load(w.scale[i][side][j]);
 #pragma GCC unroll 4
       for (int t = 0; t < M; ++t) {
-        const Block& a = x[t * stride];
+        const Block& a = x[t][i];
         auto sum = reinterpret_cast<VecInt>(low[t][j]);
         if constexpr (kTwoBytes) sum += reinterpret_cast<VecInt>(high[t][j]) << 8;
         Vec total = load(sums[t][j]) + __builtin_convertvector(sum, Vec) * (scale * splat(a.scale));
@@ -166,13 +166,24 @@ KILIN_INLINE void multiply_block(const Wide& w, int64_t i, const Block* x, int64
   }
 }
 
+// Where the activations of tokens lie: all columns of a token after one another, from block `first` on.
+template <class Block>
+struct Tokens {
+  const Block* x;
+  const int32_t* rows;  // of x, or null: token t has row t
+  int64_t blocks, first;
+  const Block* at(int64_t t) const { return x + (rows != nullptr ? rows[t] : t) * blocks + first; }
+};
+
 template <class Type, int M, class Block>
-KILIN_INLINE void multiply_tokens(const Wide& w, int64_t blocks, int64_t tokens, const Block* x,
-                                  int64_t stride, float (*sums)[kPanels][16]) {
+KILIN_INLINE void multiply_tokens(const Wide& w, int64_t depth, const Tokens<Block>& tokens, int64_t t,
+                                  int64_t count, float (*sums)[kPanels][16]) {
   if constexpr (M > 1) {
-    if (tokens < M) return multiply_tokens<Type, M - 1>(w, blocks, tokens, x, stride, sums);
+    if (count < M) return multiply_tokens<Type, M - 1>(w, depth, tokens, t, count, sums);
   }
-  for (int64_t i = 0; i < blocks; ++i) multiply_block<Type, M>(w, i, x + i, stride, sums);
+  const Block* x[M];
+  for (int i = 0; i < M; ++i) x[i] = tokens.at(t + i);
+  for (int64_t i = 0; i < depth; ++i) multiply_block<Type, M>(w, i, x, sums);
 }
 
 struct Scratch {
@@ -202,7 +213,7 @@ void multiply_panels(const MatmulJob& job, PanelRange panels, TokenRange tokens,
       int64_t tiles = (tokens.end - tokens.begin + kTile - 1) / kTile;  // of equal height
       for (int64_t t = tokens.begin; t < tokens.end; --tiles) {
         const int64_t height = (tokens.end - t + tiles - 1) / tiles;
-        multiply_tokens<Type, kTile>(s.wide, depth, height, x + t * blocks + k, blocks,
+        multiply_tokens<Type, kTile>(s.wide, depth, Tokens<Block>{x, job.x_rows, blocks, k}, t, height,
                                      s.sums + (t - tokens.begin));
         t += height;
       }

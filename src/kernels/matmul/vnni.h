@@ -29,8 +29,8 @@ inline constexpr int64_t kMostBlockTokens = 384;
 void quantize_bytes(const float* x, int64_t cols, ByteBlock* blocks);
 
 // y for panels [begin, end) and at most kMostBlockTokens tokens of a job with quantised weights; x
-// [tokens][cols / 32] from the job's first token on; `scratch` holds scratch_bytes(), 64-byte aligned.
-// `stream`: y is written past the caches where its rows are aligned.
+// [rows][cols / 32], of which token t has row t or, if the job has x_rows, row x_rows[t]; `scratch` holds
+// scratch_bytes(), 64-byte aligned. `stream`: y is written past the caches where its rows are aligned.
 void matmul_bytes(const MatmulJob& job, PanelRange panels, TokenRange tokens, bool stream,
                   const ActivationBlock* x, std::byte* scratch);
 void matmul_bytes(const MatmulJob& job, PanelRange panels, TokenRange tokens, bool stream, const ByteBlock* x,

@@ -79,9 +79,9 @@ KILIN_INLINE void score_tile(int64_t width, const float* const (&q)[kScoreRows],
                              const char* const (&key)[kScoreKeys], float* scores, const char* ahead) {
   Vec acc[kScoreSets][kLanes];
 #pragma GCC unroll 2
-  for (int s = 0; s < kScoreSets; ++s) {
+  for (auto& set : acc) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) acc[s][i] = zero();
+    for (Vec& sum : set) sum = zero();
   }
   for (int64_t c = 0; c < width; c += kLanes) {
     Vec k[kScoreKeys];

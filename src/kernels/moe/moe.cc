@@ -119,8 +119,8 @@ void moe_experts(int64_t tokens, int64_t hidden, int top_k, const float* x, cons
     if (count == 0) continue;
     // one token: its chosen experts all read x itself, so that it is prepared once
     const int32_t* from = tokens > 1 ? s.token_of.data() + first : nullptr;
-    s.jobs.push_back({count, x, hidden, experts[e].gate, gate + first * width, width, from});
-    s.jobs.push_back({count, x, hidden, experts[e].up, up + first * width, width, from});
+    s.jobs.push_back({count, x, hidden, experts[e].gate, gate + first * width, width, from, tokens});
+    s.jobs.push_back({count, x, hidden, experts[e].up, up + first * width, width, from, tokens});
   }
   if (shared != nullptr) {
     s.jobs.push_back({tokens, x, hidden, shared->gate, gate + rows * width, shared_width});

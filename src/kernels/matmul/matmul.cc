@@ -60,7 +60,8 @@ Form form_of(const MatmulJob& job, Isa isa, Activations activations) {
     if (job.tokens >= (dtype == Dtype::kBF16 ? kTileTokensBF16 : kTileTokensWidened)) return Form::kTiles;
   }
   const bool vnni = isa >= Isa::kAvx512;
-  const bool round = vnni && activations == Activations::kRounded && job.tokens >= kRoundedTokens;
+  const bool round =
+      isa == Isa::kAvx512 && activations == Activations::kRounded && job.tokens >= kRoundedTokens;
   if (is_quantized(dtype)) {
     if (round) return Form::kRoundedBytes;
     const bool long_unpacking = dtype == Dtype::kQ4_K || dtype == Dtype::kQ6_K;

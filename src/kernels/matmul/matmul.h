@@ -51,8 +51,8 @@ struct MatmulJob {
   int64_t x_count = 0;
 };
 
-// What activations may be rounded to in jobs of many tokens (from 17) on a machine that multiplies them
-// faster so.
+// What activations may be rounded to in jobs of many tokens (from 17) where the machine multiplies them
+// faster so: AVX-512 without AMX.
 enum class Activations {
   kExact,    // as above
   kRounded,  // BF16 weights: bfloat16 (2^-8); quantised ones: 8 bits for the largest of 32 neighbours (1 /

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kilin beside llama.cpp on the same GGUF files: prefill and decode, each pair of measurements next to each other.
 
-  bench/vs_llama_cpp.py --llama-bench PATH [--quick] [--types bf16,q8_0,q4_0] [--threads 2] [--files DIR]
+  bench/vs_llama_cpp.py --llama-bench PATH [--quick | --long] [--types bf16,q8_0,q4_0] [--threads 2] [--files DIR]
                         [--activations exact,rounded]
 
 PATH is llama.cpp's llama-bench (measured with commit 3f545becc, built outside this repository with GGML_NATIVE=OFF and
@@ -101,6 +101,7 @@ def main():
     parser.add_argument("--activations", default="exact")
     parser.add_argument("--attempts", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="only prefill 2,048 and decode at depth 0")
+    parser.add_argument("--long", action="store_true", help="only prefill 8,192 and decode at depth 16,384")
     options = parser.parse_args()
     rows = []
     best = 0.0
@@ -108,7 +109,7 @@ def main():
         file = model_file(options, kind)
         cases = [("prefill", 2048), ("prefill", 8192), ("decode", 0), ("decode", 16384)]
         for i, (what, size) in enumerate(cases):
-            if options.quick and i in (1, 3):
+            if (options.quick and i in (1, 3)) or (options.long and i in (0, 2)):
                 continue
             for activations in options.activations.split(",") if what == "prefill" else ["exact"]:
                 ours, theirs, quiet, best = pair(options, file, what, size, activations, best)

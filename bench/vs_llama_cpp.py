@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kilin beside llama.cpp on the same GGUF files: prefill and decode, each pair of measurements next to each other.
 
-  bench/vs_llama_cpp.py --llama-bench PATH [--quick] [--types bf16,q8_0,q4_0] [--threads 2] [--files DIR]
+  bench/vs_llama_cpp.py --llama-bench PATH [--quick | --long] [--types bf16,q8_0,q4_0] [--threads 2] [--files DIR]
+                        [--activations exact,rounded]
 
 PATH is llama.cpp's llama-bench (measured with commit 3f545becc, built outside this repository with GGML_NATIVE=OFF and
 GGML_AVX2, GGML_FMA, GGML_F16C, GGML_BMI2, GGML_AVX512, GGML_AVX512_VNNI, GGML_AVX512_BF16 and GGML_AVX512_VBMI on: with
@@ -10,8 +11,11 @@ its AMX buffers compiled in, that commit stops with an assertion on quantised fi
 written by kilin itself from configs/bench/twelve-layers.json with random weights, into DIR, where they stay.
 
 The machine's speed may change between measurements (a shared host halves it for minutes): float32 multiply-adds are
-measured before and after each pair, and a pair is taken again, five times at most, when they differ from the best seen
-by more than 12 %. The column "quiet" says whether that worked.
+measured before and after each pair, and a pair is taken again, five times at most (--attempts), when they differ from the
+best seen by more than 12 %. The column "quiet" says whether that worked.
+
+--activations: Kilin's --activations in prefill, several with commas; each makes a pair of its own. llama.cpp rounds
+activations to 8 bits (to bfloat16 with BF16 weights), which is Kilin's "rounded".
 
 Prints a table and, as the last line, a JSON object. Shares: decode of the measured bandwidth of reading memory (bytes of
 active weights, state and cache), prefill of the measured float32 multiply-adds.
@@ -67,12 +71,12 @@ def speed(options):
     return json.loads(out.strip().split("\n")[-1])["peak_flops_per_second"]
 
 
-def pair(options, file, what, size, best):
+def pair(options, file, what, size, activations, best):
     """One case on both programs, at the same speed of the machine: ours, theirs, quiet, best speed seen."""
-    for _ in range(5):
+    for _ in range(options.attempts):
         speeds = [speed(options)]
         if what == "prefill":
-            ours = kilin(options, file, "prefill", "--tokens", size)
+            ours = kilin(options, file, "prefill", "--tokens", size, "--activations", activations)
             speeds.append(speed(options))
             theirs = llama(options, file, size, 0, 0)
         else:
@@ -94,7 +98,10 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--files", default=str(pathlib.Path(tempfile.gettempdir()) / "kilin-bench"))
+    parser.add_argument("--activations", default="exact")
+    parser.add_argument("--attempts", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="only prefill 2,048 and decode at depth 0")
+    parser.add_argument("--long", action="store_true", help="only prefill 8,192 and decode at depth 16,384")
     options = parser.parse_args()
     rows = []
     best = 0.0
@@ -102,19 +109,23 @@ def main():
         file = model_file(options, kind)
         cases = [("prefill", 2048), ("prefill", 8192), ("decode", 0), ("decode", 16384)]
         for i, (what, size) in enumerate(cases):
-            if options.quick and i in (1, 3):
+            if (options.quick and i in (1, 3)) or (options.long and i in (0, 2)):
                 continue
-            ours, theirs, quiet, best = pair(options, file, what, size, best)
-            of = "fp32 FMA" if what == "prefill" else "reading"
-            share = 100 * ours["share_of_peak" if what == "prefill" else "share_of_bandwidth"]
-            rows.append({"type": kind, "what": what, "size": size, "kilin": ours["tokens_per_second"], "llama": theirs,
-                         "ratio": ours["tokens_per_second"] / theirs, "target": TARGETS.get(kind, (None,) * 4)[i],
-                         "share": f"{share:.0f} % of {of}", "bandwidth": ours["bandwidth_bytes_per_second"],
-                         "peak": ours["peak_flops_per_second"], "quiet": quiet})
+            for activations in options.activations.split(",") if what == "prefill" else ["exact"]:
+                ours, theirs, quiet, best = pair(options, file, what, size, activations, best)
+                of = "fp32 FMA" if what == "prefill" else "reading"
+                share = 100 * ours["share_of_peak" if what == "prefill" else "share_of_bandwidth"]
+                rows.append({"type": kind, "what": what, "size": size, "activations": activations,
+                             "kilin": ours["tokens_per_second"], "llama": theirs,
+                             "ratio": ours["tokens_per_second"] / theirs, "target": TARGETS.get(kind, (None,) * 4)[i],
+                             "share": f"{share:.0f} % of {of}", "bandwidth": ours["bandwidth_bytes_per_second"],
+                             "peak": ours["peak_flops_per_second"], "quiet": quiet})
     print("| weights | what | Kilin tokens/s | llama.cpp tokens/s | ratio | asked for | share | machine | quiet |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for r in rows:
-        name = f"prefill {r['size']:,}" if r["what"] == "prefill" else f"decode at {r['size']:,}"
+        name = f"decode at {r['size']:,}"
+        if r["what"] == "prefill":
+            name = f"prefill {r['size']:,}" + (", rounded" if r["activations"] == "rounded" else "")
         machine = f"{r['bandwidth'] / 1e9:.1f} GB/s, {r['peak'] / 1e9:.0f} GFLOP/s"
         print(f"| {r['type']} | {name} | {r['kilin']:.1f} | {r['llama']:.1f} | {r['ratio']:.2f} | {r['target'] or ''} | "
               f"{r['share']} | {machine} | {'yes' if r['quiet'] else 'no'} |")

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-# kilin_room(name SOURCES f... [ISA_SOURCES f...] [AMX_SOURCES f...] [TESTS f...] [ROOMS r...] [LIBS l...])
+# kilin_room(name SOURCES f... [ISA_SOURCES f...] [AVX512_SOURCES f...] [AMX_SOURCES f...] [TESTS f...] [ROOMS r...] [LIBS l...])
 # One static library per room, linked to just the rooms it may look into; its tests sit beside the sources and
 # make one GoogleTest program. COMPUTING_TESTS: the tests compute much themselves (references in double), and keep
 # the optimisation of the build. tools/check_rooms.py checks the includes against the same list.
 function(kilin_room name)
-  cmake_parse_arguments(ROOM "COMPUTING_TESTS" "" "SOURCES;ISA_SOURCES;AMX_SOURCES;TESTS;ROOMS;LIBS;TEST_LIBS" ${ARGN})
+  cmake_parse_arguments(ROOM "COMPUTING_TESTS" "" "SOURCES;ISA_SOURCES;AVX512_SOURCES;AMX_SOURCES;TESTS;ROOMS;LIBS;TEST_LIBS"
+                        ${ARGN})
   add_library(kilin_${name} STATIC ${ROOM_SOURCES})
   target_include_directories(kilin_${name} PUBLIC ${CMAKE_SOURCE_DIR}/src)
   target_link_libraries(kilin_${name} PRIVATE kilin_flags PUBLIC ${KILIN_FMT} Threads::Threads ${ROOM_LIBS})
@@ -14,8 +15,11 @@ function(kilin_room name)
   if(ROOM_ISA_SOURCES)
     kilin_isa_sources(kilin_${name} ${ROOM_ISA_SOURCES})
   endif()
+  if(ROOM_AVX512_SOURCES)
+    kilin_avx512_sources(kilin_${name} only_avx512 "" ${ROOM_AVX512_SOURCES})
+  endif()
   if(ROOM_AMX_SOURCES)
-    kilin_amx_sources(kilin_${name} ${ROOM_AMX_SOURCES})
+    kilin_avx512_sources(kilin_${name} amx "-mamx-tile;-mamx-bf16" ${ROOM_AMX_SOURCES})
   endif()
   if(KILIN_TESTS AND ROOM_TESTS)
     add_executable(kilin_${name}_test ${ROOM_TESTS})

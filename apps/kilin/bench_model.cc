@@ -121,6 +121,7 @@ nlohmann::ordered_json common_json(const char* name, const ModelBenchOptions& op
   json["tokens"] = options.tokens;
   json["threads"] = machine.threads;
   json["isa"] = isa_name(active_isa());
+  json["activations"] = options.model.activations;
   json["repeats"] = options.bench.repeat;
   json["tokens_per_second"] = rates.median;
   json["tokens_per_second_range"] = to_json(rates);

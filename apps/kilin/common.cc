@@ -83,6 +83,12 @@ void add_cache_options(const App& app, ModelArguments& arguments) {
       .check(one_of({"f16", "f32"}))
       .capture_default_str()
       .group("Engine");
+  app.add_option("--activations", arguments.activations,
+                 "in prefill exact, or rounded to 8 bits as llama.cpp does: faster without AMX")
+      .type_name("HOW")
+      .check(one_of({"exact", "rounded"}))
+      .capture_default_str()
+      .group("Engine");
   app.add_flag("--pin", arguments.pin, "bind each thread to a core").group("Engine");
 }
 
@@ -135,6 +141,7 @@ ModelOptions model_options(const ModelArguments& arguments) {
   options.compatibility = arguments.compatibility;
   options.prefill_chunk = arguments.prefill_chunk;
   options.cache_type = arguments.cache_type;
+  options.activations = arguments.activations;
   options.pin_threads = arguments.pin;
   for (const std::string& text : arguments.lora) options.lora.push_back(lora_source(text));
   return options;

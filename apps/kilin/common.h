@@ -20,15 +20,17 @@ struct ModelArguments {
   std::string compatibility = "transformers";
   int64_t prefill_chunk = 2048;
   std::string cache_type = "f16";
+  std::string activations = "exact";
   bool pin = false;
   std::vector<std::string> lora;  // DIR or DIR:SCALE
 };
 
-// The positional MODEL; then --threads, --device, --compat, --prefill-chunk, --cache-type, --pin and --lora.
+// The positional MODEL; then --threads, --device, --compat, --prefill-chunk, --cache-type,
+// --activations, --pin and --lora.
 void add_model_argument(const App& app, ModelArguments& arguments);
 void add_engine_options(const App& app, ModelArguments& arguments);
 void add_threads_option(const App& app, int& threads);
-void add_cache_options(const App& app, ModelArguments& arguments);  // --cache-type, --pin
+void add_cache_options(const App& app, ModelArguments& arguments);  // --cache-type, --activations, --pin
 
 // "DIR" or "DIR:SCALE"; a directory that exists under the whole name is that one. Throws Error for a bad
 // scale.

@@ -39,6 +39,10 @@ struct ModelOptions {
   // What a position of an MLA layer is kept in: "f16" takes half the memory and the time of reading it, "f32"
   // is exact and takes any value (float16 ends at 65,504: beyond it prefill and decode throw).
   std::string cache_type = "f16";
+  // "exact": 16 bits or more of each activation, so that prefill and decode agree. "rounded": in products of
+  // 17 tokens and more bfloat16 with BF16 weights and 8-bit integers with quantised ones, as llama.cpp has
+  // them everywhere, where this machine is faster at it (AVX-512 without AMX).
+  std::string activations = "exact";
   // Bind each thread to a physical core, the one that loads the model too (until the model is gone).
   bool pin_threads = false;
   int64_t prefill_chunk = 2048;  // tokens computed at once in prefill: bounds the memory of activations

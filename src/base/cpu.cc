@@ -93,6 +93,18 @@ Isa active_isa() {
   return isa;
 }
 
+bool fast_bf16_products() {
+#if defined(__x86_64__)
+  static const bool amd = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") != 0;
+  }();
+  return amd && active_isa() >= Isa::kAvx512;
+#else
+  return false;
+#endif
+}
+
 void set_isa(Isa isa) { forced_isa() = static_cast<int>(isa); }
 
 namespace {

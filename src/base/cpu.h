@@ -19,6 +19,12 @@ Isa active_isa();
 // Forces an instruction set from here on (tests loop over supported_isas()). Not for use while kernels run.
 void set_isa(Isa isa);
 
+// Whether avx512's products of bfloat16 (vdpbf16ps, two products a lane) come at the rate of float32
+// multiply-adds, twice as many in all. By the maker, not by a timing, so that a model gives the same bits
+// every time: AMD's do (measured on Zen 4, docs/notes/20261125-cpu-vs-llama-cpp.md); Intel's come at half
+// that rate (measured on Sapphire Rapids, docs/notes/20261124-cpu-matmul.md), so there they gain nothing.
+bool fast_bf16_products();
+
 // One cpu number (the lowest) of each physical core this process may run on, at least one; as it was at the
 // first call, so that pinned threads do not change it.
 const std::vector<int>& physical_core_cpus();

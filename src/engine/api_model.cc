@@ -70,7 +70,10 @@ EngineOptions engine_options(const ModelOptions& options) {
         options.threads);
   check(options.cache_type == "f16" || options.cache_type == "f32",
         "cache type: found '{}', expected f16 or f32", options.cache_type);
-  return {options.threads, options.cache_type == "f16" ? Dtype::kF16 : Dtype::kF32, options.pin_threads};
+  check(options.activations == "exact" || options.activations == "rounded",
+        "activations: found '{}', expected exact or rounded", options.activations);
+  return {options.threads, options.cache_type == "f16" ? Dtype::kF16 : Dtype::kF32, options.pin_threads,
+          options.activations == "exact" ? Activations::kExact : Activations::kRounded};
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ Engine::Engine(LoadedModel model, const EngineOptions& options)
     : model_(std::move(model)),
       cache_(model_.config(), options.cache_type),
       pool_(options.threads > 0 ? options.threads : physical_cores(), options.pin_threads),
-      ops_(model_, cache_, pool_) {}
+      ops_(model_, cache_, pool_, options.activations) {}
 
 std::span<const float> Engine::forward(const Batch& batch) {
   ops_.begin(batch);

@@ -12,9 +12,10 @@
 namespace kilin {
 
 struct EngineOptions {
-  int threads = 0;                 // 0: the physical cores
-  Dtype cache_type = Dtype::kF16;  // of MLA latents: kF16, or kF32 to be exact
-  bool pin_threads = false;        // bind threads to cores (base/thread_pool.h)
+  int threads = 0;                                // 0: the physical cores
+  Dtype cache_type = Dtype::kF16;                 // of MLA latents: kF16, or kF32 to be exact
+  bool pin_threads = false;                       // bind threads to cores (base/thread_pool.h)
+  Activations activations = Activations::kExact;  // of products with many tokens, but for the router's
 };
 
 // A loaded model, its cache and its threads: computes one batch at a time. Not thread-safe.

@@ -199,9 +199,17 @@ EngineTensor EngineOps::swiglu(const Tensor& gate, const Tensor& up) {
   return gate;
 }
 
+// Never with rounded activations: a rounding that turns a close choice costs more than these few products.
+EngineTensor EngineOps::router_logits(const Tensor& x, const Weight& w) {
+  Tensor y;
+  const MatmulJob product = job(x, w, y);
+  matmul(std::span(&product, 1), pool_);
+  return y;
+}
+
 EngineTensor EngineOps::moe(const Tensor& x, const MoeWeights<Weight>& w, int layer) {
   const MoeConfig& c = config_.moe;
-  const Tensor logits = linear(x, w.router);
+  const Tensor logits = router_logits(x, w.router);
   RouterParams router;
   router.experts = static_cast<int>(c.experts);
   router.top_k = static_cast<int>(c.top_k);
@@ -222,7 +230,7 @@ EngineTensor EngineOps::moe(const Tensor& x, const MoeWeights<Weight>& w, int la
   Tensor y = tensor(x.rows, x.width);
   const auto& shared = model_.shared(layer);
   moe_experts(x.rows, x.width, router.top_k, x.data, expert_ids_.data(), expert_weights_.data(),
-              model_.experts(layer), shared ? &*shared : nullptr, y.data, moe_scratch_, pool_);
+              model_.experts(layer), shared ? &*shared : nullptr, y.data, moe_scratch_, pool_, activations_);
   return y;
 }
 

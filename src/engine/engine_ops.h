@@ -29,8 +29,8 @@ class EngineOps {
   using Tensor = EngineTensor;
   using Weight = kilin::Weight;
 
-  EngineOps(const LoadedModel& model, Cache& cache, ThreadPool& pool)
-      : model_(model), config_(model.config()), cache_(cache), pool_(pool) {}
+  EngineOps(const LoadedModel& model, Cache& cache, ThreadPool& pool, Activations activations)
+      : model_(model), config_(model.config()), cache_(cache), pool_(pool), activations_(activations) {}
 
   // The batch and the arena's content are valid until the next begin().
   void begin(const Batch& batch);
@@ -44,7 +44,7 @@ class EngineOps {
     std::array<Tensor, N> y;
     std::array<MatmulJob, N> jobs;
     for (size_t i = 0; i < N; ++i) jobs[i] = job(x, *w[i], y[i]);
-    matmul(jobs, pool_);
+    matmul(jobs, pool_, activations_);
     return y;
   }
   Tensor short_conv(const Tensor& x, const Weight* w, int layer, ConvStream stream);
@@ -75,6 +75,7 @@ class EngineOps {
  private:
   Tensor tensor(int64_t rows, int64_t width);
   MatmulJob job(const Tensor& x, const Weight& w, Tensor& y);
+  Tensor router_logits(const Tensor& x, const Weight& w);
   void append_latents(const Tensor& kv, const MlaWeights<Weight>& w, int layer);
   const int64_t* positions() const { return positions_.data(); }
 
@@ -82,6 +83,7 @@ class EngineOps {
   const Config& config_;
   Cache& cache_;
   ThreadPool& pool_;
+  const Activations activations_;
   Arena arena_;
   Arena::Mark start_ = arena_.mark();
   Batch batch_;

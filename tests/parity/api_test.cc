@@ -294,6 +294,7 @@ TEST_F(Api, the_type_of_the_cache_is_a_choice_and_goes_with_checkpoints) {
   EXPECT_NE(error.find("--cache-type f32"), std::string::npos) << error;
   EXPECT_EQ(b.length(), 70);
   EXPECT_THROW(Model::load(bundled_model(), {.cache_type = "f8"}), std::runtime_error);
+  EXPECT_THROW(Model::load(bundled_model(), {.activations = "int8"}), std::runtime_error);
 }
 
 TEST_F(Api, pinned_threads_compute_the_same) {

@@ -134,7 +134,7 @@ void widen_panels(const char* panels, int64_t panel_bytes, int64_t count, int64_
 }
 
 template <class Type>
-void gemm_panels_of(const MatmulJob& job, PanelRange panels, float* wide) {
+void gemm_panels_of(const MatmulJob& job, PanelRange panels, TokenRange tokens, float* wide) {
   const auto* base = static_cast<const char*>(job.w.data);
   const int64_t panel_bytes = packed::panel_bytes(Type::kDtype, job.w.cols);
   for (int64_t i = panels.begin; i < panels.end; i += kPanels) {
@@ -147,7 +147,8 @@ void gemm_panels_of(const MatmulJob& job, PanelRange panels, float* wide) {
       widen_panels<Type>(base + i * panel_bytes, panel_bytes, count, k0, depth, wide);
       for (int64_t j = 0; j < rows; j += kNr) {
         const int n = static_cast<int>(rows - j < kNr ? rows - j : kNr);
-        gemm_panel(job.tokens, n, depth, job.x + k0, job.x_stride, wide + j, kWidth, job.y + row + j,
+        gemm_panel(tokens.end - tokens.begin, n, depth, job.x + tokens.begin * job.x_stride + k0,
+                   job.x_stride, wide + j, kWidth, job.y + tokens.begin * job.y_stride + row + j,
                    job.y_stride, k0 > 0);
       }
     }
@@ -162,10 +163,10 @@ void dot_floats(const MatmulJob& job, PanelRange panels) {
   dot_panels<F16>(job, panels);
 }
 
-void gemm_floats(const MatmulJob& job, PanelRange panels, float* scratch) {
-  if (job.w.dtype == Dtype::kF32) return gemm_panels_of<F32>(job, panels, scratch);
-  if (job.w.dtype == Dtype::kBF16) return gemm_panels_of<BF16>(job, panels, scratch);
-  gemm_panels_of<F16>(job, panels, scratch);
+void gemm_floats(const MatmulJob& job, PanelRange panels, TokenRange tokens, float* scratch) {
+  if (job.w.dtype == Dtype::kF32) return gemm_panels_of<F32>(job, panels, tokens, scratch);
+  if (job.w.dtype == Dtype::kBF16) return gemm_panels_of<BF16>(job, panels, tokens, scratch);
+  gemm_panels_of<F16>(job, panels, tokens, scratch);
 }
 
 int64_t gemm_panels() { return kPanels; }

@@ -3,6 +3,9 @@
 // of every vector belongs to row r of a panel, so nothing is summed across lanes; activations are broadcast.
 #include "kernels/matmul/integers.h"
 #include "kernels/matmul/layout.h"
+#if defined(__AVX512VNNI__)
+#include "kernels/matmul/matmul_simd.h"
+#endif
 
 namespace kilin::KILIN_ISA {
 namespace {
@@ -249,6 +252,39 @@ void all_panels(const MatmulJob& job, PanelRange panels, const ActivationBlock* 
 
 }  // namespace
 
+#if defined(__AVX512VNNI__)
+
+void quantize_activations(const float* x, int64_t cols, ActivationBlock* blocks) {
+  for (int64_t b = 0; b < cols / 32; ++b, x += 32) {
+    ActivationBlock& block = blocks[b];
+    const Vec first = load(x), second = load(x + 16);
+    const float largest = reduce_max(max(max(first, -first), max(second, -second)));
+    if (any_spoilt(first, second)) {  // then so are the sums, and the engine tells
+      block = {};
+      block.scale = block.total = __builtin_nanf("");
+      continue;
+    }
+    block.scale = largest / kLevels;
+    // Too small to divide by: then the block counts as zero (below 2^-110 it moves no sum)
+    const Vec factor = splat(block.scale > 0x1p-125f ? 1.0f / block.scale : 0.0f);
+    const __m512i v[2] = {rounded(first * factor), rounded(second * factor)};
+    const auto high_of = [](__m512i n) {
+      return reinterpret_cast<__m512i>((reinterpret_cast<VecInt>(n) + 128) >> 8);
+    };
+    const __m256i low = bytes_of(v[0], v[1]);
+    const __m256i high = bytes_of(high_of(v[0]), high_of(v[1]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(block.bytes), low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(block.bytes + 32), high);
+    const __m256i ones = _mm256_set1_epi8(1);
+    const __m256i of_low = _mm256_dpbusd_epi32(_mm256_setzero_si256(), ones, low);
+    const __m256i of_high = _mm256_dpbusd_epi32(_mm256_setzero_si256(), ones, high);
+    sums_of_halves(_mm256_add_epi32(_mm256_slli_epi32(of_high, 8), of_low), block.sums);
+    block.total = block.scale * static_cast<float>(block.sums[0] + block.sums[1]);
+  }
+}
+
+#else
+
 void quantize_activations(const float* x, int64_t cols, ActivationBlock* blocks) {
   for (int64_t b = 0; b < cols / 32; ++b, x += 32) {
     ActivationBlock& block = blocks[b];
@@ -280,13 +316,6 @@ void quantize_activations(const float* x, int64_t cols, ActivationBlock* blocks)
       block.sums[half] = sum;
     }
     block.total = block.scale * static_cast<float>(block.sums[0] + block.sums[1]);
-#if defined(__AVX512VNNI__)
-    for (int i = 0; i < 32; ++i) {
-      const auto low = static_cast<int8_t>(v[i]);
-      block.bytes[i] = low;
-      block.bytes[32 + i] = static_cast<int8_t>((v[i] - low) >> 8);
-    }
-#else
     int16_t pairs[32];
     for (int i = 0; i < 32; i += 4) {
       pairs[i] = static_cast<int16_t>(v[i]);
@@ -295,9 +324,10 @@ void quantize_activations(const float* x, int64_t cols, ActivationBlock* blocks)
       pairs[i + 3] = static_cast<int16_t>(v[i + 3]);
     }
     std::memcpy(block.bytes, pairs, sizeof pairs);
-#endif
   }
 }
+
+#endif
 
 void dot_integers(const MatmulJob& job, PanelRange panels, const ActivationBlock* x) {
   switch (job.w.dtype) {

@@ -46,11 +46,22 @@ struct MatmulJob {
   int64_t y_stride = 0;
   // [tokens] or null: token t reads row x_rows[t] of x (the tokens of an expert) instead of row t
   const int32_t* x_rows = nullptr;
+  // Rows that x has, if jobs with x_rows choose most of them together: then they may be prepared once for
+  // all.
+  int64_t x_count = 0;
+};
+
+// What activations may be rounded to in jobs of many tokens (from 17) where the machine multiplies them
+// faster so: AVX-512 without AMX.
+enum class Activations {
+  kExact,    // as above
+  kRounded,  // BF16 weights: bfloat16 (2^-8); quantised ones: 8 bits for the largest of 32 neighbours (1 /
+             // 254)
 };
 
 // All jobs in one parallel region (projections of the same input, experts with their own tokens, heads). Sums
 // run over c in an order that depends on the instruction set and on the number of tokens, but not on the
 // number of threads. A NaN or infinity in x makes the sums of its token NaN or infinite.
-void matmul(std::span<const MatmulJob> jobs, ThreadPool& pool);
+void matmul(std::span<const MatmulJob> jobs, ThreadPool& pool, Activations activations = Activations::kExact);
 
 }  // namespace kilin

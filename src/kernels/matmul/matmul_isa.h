@@ -20,6 +20,10 @@ struct ActivationBlock {
 struct PanelRange {
   int64_t begin, end;
 };
+// Tokens [begin, end) of a job.
+struct TokenRange {
+  int64_t begin, end;
+};
 
 }  // namespace kilin
 
@@ -31,5 +35,6 @@ struct PanelRange {
 KILIN_DECLARE_ISA(void quantize_activations(const float* x, int64_t cols, ActivationBlock* blocks);
                   void dot_integers(const MatmulJob& job, PanelRange panels, const ActivationBlock* x);
                   void dot_floats(const MatmulJob& job, PanelRange panels);
-                  void gemm_floats(const MatmulJob& job, PanelRange panels, float* scratch);
+                  void gemm_floats(const MatmulJob& job, PanelRange panels, TokenRange tokens,
+                                   float* scratch);
                   int64_t gemm_panels(); int64_t gemm_scratch_floats();)

@@ -22,6 +22,7 @@ namespace {
 struct Case {
   Isa isa;
   Dtype dtype;
+  Activations activations = Activations::kExact;
 };
 
 // Scales of a size that keeps values near 1; everything else random.
@@ -91,10 +92,16 @@ class Matmul : public ::testing::TestWithParam<Case> {
     return (cols + block - 1) / block * block;
   }
 
+  static void multiply(std::span<const MatmulJob> jobs, ThreadPool& pool) {
+    matmul(jobs, pool, GetParam().activations);
+  }
+
   // Of one product x w, relative to |x|_max |w| where |x|_max is over a block of 32: float weights as they
   // are or two bfloat16 terms of either factor (2^-16 each, and the term that is left out), quantised ones
-  // 16-bit activations.
-  double product_error() const {
+  // 16-bit activations. Rounded activations: to 8 significant bits, or half a step of |x|_max / 127.
+  double product_error(int64_t tokens) const {
+    if (GetParam().activations == Activations::kRounded && tokens >= 17)
+      return GetParam().dtype == Dtype::kBF16 ? 0x1p-8 + 0x1p-23 : 0.5 / 127 + 0x1p-23;
     return GetParam().isa == Isa::kAmx      ? 3 * 0x1p-16
            : is_quantized(GetParam().dtype) ? 0.5 / 32512 + 0x1p-23
                                             : 0x1p-24;
@@ -111,7 +118,7 @@ class Matmul : public ::testing::TestWithParam<Case> {
     for (float& v : x) v = static_cast<float>(random.normal());
     ThreadPool pool(threads);
     const MatmulJob job{tokens, x.data(), x_stride, w.matrix, y.data(), y_stride};
-    matmul(std::span(&job, 1), pool);
+    multiply(std::span(&job, 1), pool);
     for (int64_t t = 0; t < tokens; ++t) {
       const float* row = x.data() + t * x_stride;
       for (int64_t r = 0; r < rows; ++r) {
@@ -121,7 +128,7 @@ class Matmul : public ::testing::TestWithParam<Case> {
           for (int64_t i = c / 32 * 32; i < std::min(cols, c / 32 * 32 + 32); ++i)
             most = std::max<double>(most, std::abs(row[i]));
           sum += static_cast<double>(w.at(r, c)) * row[c];
-          bound += product_error() * most * std::abs(w.at(r, c));
+          bound += product_error(tokens) * most * std::abs(w.at(r, c));
           magnitude += std::abs(w.at(r, c) * row[c]);
         }
         // Q4_K's two parts are summed apart and are larger than their difference.
@@ -162,7 +169,7 @@ TEST_P(Matmul, BitsDoNotDependOnThreads) {
       ThreadPool pool(threads);
       std::vector<float> y(static_cast<size_t>(tokens * rows));
       const MatmulJob job{tokens, x.data(), cols, w.matrix, y.data(), rows};
-      matmul(std::span(&job, 1), pool);
+      multiply(std::span(&job, 1), pool);
       results.push_back(y);
     }
     EXPECT_EQ(results[0], results[1]);
@@ -190,11 +197,11 @@ TEST_P(Matmul, ManyJobsAtOnceEqualJobsAlone) {
     jobs.push_back(
         {tokens[i], x[in].data(), fit(96), weights[i]->matrix, together[i].data(), weights[i]->matrix.rows});
   }
-  matmul(jobs, pool);
+  multiply(jobs, pool);
   for (size_t i = 0; i < tokens.size(); ++i) {
     MatmulJob job = jobs[i];
     job.y = alone[i].data();
-    matmul(std::span(&job, 1), pool);
+    multiply(std::span(&job, 1), pool);
     EXPECT_EQ(together[i], alone[i]) << i;
   }
 }
@@ -206,7 +213,7 @@ TEST_P(Matmul, ChosenRowsOfXEqualTheirCopies) {
   const StoredMatrix w(GetParam().dtype, rows, cols, random);
   std::vector<float> x(static_cast<size_t>(50 * x_stride));
   for (float& v : x) v = static_cast<float>(random.normal());
-  for (int64_t tokens : {1, 3, 17, 40}) {
+  for (int64_t tokens : {1, 3, 17, 40, 70, 300}) {
     std::vector<int32_t> chosen(static_cast<size_t>(tokens));
     std::vector<float> copies, y(static_cast<size_t>(tokens * rows)), expected(y.size());
     for (int32_t& row : chosen) {
@@ -218,10 +225,37 @@ TEST_P(Matmul, ChosenRowsOfXEqualTheirCopies) {
     std::vector<float> other(y.size());
     const MatmulJob jobs[] = {{tokens, x.data(), x_stride, w.matrix, other.data(), rows, first.data()},
                               {tokens, x.data(), x_stride, w.matrix, y.data(), rows, chosen.data()}};
-    matmul(jobs, pool);
+    multiply(jobs, pool);
     const MatmulJob job{tokens, copies.data(), cols, w.matrix, expected.data(), rows};
-    matmul(std::span(&job, 1), pool);
+    multiply(std::span(&job, 1), pool);
     EXPECT_EQ(y, expected) << tokens;
+    // and with all rows of x prepared once
+    std::vector<float> again(y.size());
+    const MatmulJob counted[] = {
+        {tokens, x.data(), x_stride, w.matrix, other.data(), rows, first.data(), 50},
+        {tokens, x.data(), x_stride, w.matrix, again.data(), rows, chosen.data(), 50}};
+    multiply(counted, pool);
+    EXPECT_EQ(again, expected) << tokens;
+  }
+}
+
+TEST_P(Matmul, FewTokensAreNeverRounded) {
+  if (GetParam().activations == Activations::kExact) return;
+  Random random(13);
+  ThreadPool pool(2);
+  const int64_t rows = 37, cols = fit(96);
+  const StoredMatrix w(GetParam().dtype, rows, cols, random);
+  std::vector<float> x(static_cast<size_t>(40 * cols));
+  for (float& v : x) v = static_cast<float>(random.normal());
+  for (const int64_t tokens : {1, 16, 17, 40}) {
+    std::vector<float> y(static_cast<size_t>(tokens * rows)), exact(y.size());
+    const MatmulJob job{tokens, x.data(), cols, w.matrix, y.data(), rows};
+    const MatmulJob exact_job{tokens, x.data(), cols, w.matrix, exact.data(), rows};
+    multiply(std::span(&job, 1), pool);
+    matmul(std::span(&exact_job, 1), pool);
+    const bool fast =
+        GetParam().isa == Isa::kAvx512 && (GetParam().dtype != Dtype::kBF16 || fast_bf16_products());
+    EXPECT_EQ(y != exact, fast && tokens >= 17) << tokens;
   }
 }
 
@@ -237,8 +271,8 @@ TEST_P(Matmul, LargeResultsAreTheSameAlignedOrNot) {
   std::vector<float> odd(static_cast<size_t>(tokens * (rows + 1)));
   const MatmulJob to_aligned{tokens, x.data(), cols, w.matrix, aligned.data(), stride};
   const MatmulJob to_odd{tokens, x.data(), cols, w.matrix, odd.data(), rows + 1};
-  matmul(std::span(&to_aligned, 1), pool);
-  matmul(std::span(&to_odd, 1), pool);
+  multiply(std::span(&to_aligned, 1), pool);
+  multiply(std::span(&to_odd, 1), pool);
   for (int64_t t = 0; t < tokens; ++t) {
     const float* row = aligned.data() + t * stride;
     ASSERT_TRUE(std::equal(row, row + rows, odd.data() + t * (rows + 1))) << t;
@@ -256,11 +290,11 @@ TEST_P(Matmul, LargeInputsEqualTheirHalves) {
   for (float& v : x) v = static_cast<float>(random.normal());
   std::vector<float> y(static_cast<size_t>(2 * half * rows)), expected(y.size());
   const MatmulJob job{2 * half, x.data(), cols, w.matrix, y.data(), rows};
-  matmul(std::span(&job, 1), pool);
+  multiply(std::span(&job, 1), pool);
   for (int64_t i = 0; i < 2; ++i) {
     const MatmulJob part{half,     x.data() + i * half * cols,        cols,
                          w.matrix, expected.data() + i * half * rows, rows};
-    matmul(std::span(&part, 1), pool);
+    multiply(std::span(&part, 1), pool);
   }
   EXPECT_EQ(y, expected);
 }
@@ -283,7 +317,7 @@ TEST_P(Matmul, ZeroAndTinyActivationsGiveFiniteSums) {
   for (float value : {0.0f, 1e-40f, 1e-30f, 1e30f}) {
     std::vector<float> x(static_cast<size_t>(w.matrix.cols), value), y(33);
     const MatmulJob job{1, x.data(), w.matrix.cols, w.matrix, y.data(), 33};
-    matmul(std::span(&job, 1), pool);
+    multiply(std::span(&job, 1), pool);
     for (int64_t r = 0; r < 33; ++r) {
       double sum = 0, magnitude = 0;
       for (int64_t c = 0; c < w.matrix.cols; ++c) {
@@ -309,7 +343,7 @@ TEST_P(Matmul, NotFiniteActivationsGiveNotFiniteSums) {
             y(static_cast<size_t>(tokens * 33));
         x[static_cast<size_t>(place)] = value;  // of the first token
         const MatmulJob job{tokens, x.data(), w.matrix.cols, w.matrix, y.data(), 33};
-        matmul(std::span(&job, 1), pool);
+        multiply(std::span(&job, 1), pool);
         for (size_t r = 0; r < y.size(); ++r) ASSERT_EQ(std::isfinite(y[r]), r >= 33) << value << " " << r;
       }
     }
@@ -332,12 +366,16 @@ std::vector<Case> cases() {
     for (Dtype dtype :
          {Dtype::kF32, Dtype::kF16, Dtype::kBF16, Dtype::kQ8_0, Dtype::kQ4_0, Dtype::kQ4_K, Dtype::kQ6_K})
       list.push_back({isa, dtype});
+    if (isa < Isa::kAvx512) continue;  // rounds nothing
+    for (Dtype dtype : {Dtype::kBF16, Dtype::kQ8_0, Dtype::kQ4_0, Dtype::kQ4_K, Dtype::kQ6_K})
+      list.push_back({isa, dtype, Activations::kRounded});
   }
   return list;
 }
 
 INSTANTIATE_TEST_SUITE_P(AllIsas, Matmul, ::testing::ValuesIn(cases()), [](const auto& test) {
-  return std::string(isa_name(test.param.isa)) + "_" + std::string(dtype_name(test.param.dtype));
+  return std::string(isa_name(test.param.isa)) + "_" + std::string(dtype_name(test.param.dtype)) +
+         (test.param.activations == Activations::kRounded ? "_rounded" : "");
 });
 
 }  // namespace

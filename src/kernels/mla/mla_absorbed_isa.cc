@@ -9,12 +9,21 @@ namespace kilin::KILIN_ISA {
 namespace {
 
 // Scores: kScoreRows x kScoreKeys sums with the lanes along the width, added across lanes at the end.
-// Contexts: kContextRows rows x up to 3 vectors of latents, one key per step.
+// Contexts: kContextRows rows x up to kContextVectors vectors of latents, one key per step. Each tile turns
+// the cache's float16 into floats by itself, in registers: writing them to memory for all rows cost more
+// (docs/notes/20261125-cpu-vs-llama-cpp.md).
 inline constexpr int kScoreRows = 4;
 inline constexpr int kScoreKeys = kRegisters == 32 ? 4 : 2;
 inline constexpr int kScoreSets = kScoreRows * kScoreKeys / kLanes;  // of sums that are added across lanes
 inline constexpr int kContextRows = kRegisters == 32 ? 8 : 4;
-// Keys whose rows are floats at a time: 16 x 576 are 36 KB.
+inline constexpr int kContextVectors = kRegisters == 32 ? 2 : 3;
+// Without an instruction for that, and where rows are not whole vectors, they are copied to floats, so many
+// at a time: 8 x 576 are 18 KB.
+#if defined(__F16C__)
+inline constexpr bool kReadsHalves = true;
+#else
+inline constexpr bool kReadsHalves = false;
+#endif
 inline constexpr int64_t kWidenedKeys = 8;
 // Row tiles behind this row do not prefetch: the block's lines are spread over the work of the first ones.
 inline constexpr int64_t kPrefetchRows = 8;
@@ -52,21 +61,33 @@ KILIN_INLINE Vec reduce_lanes(const Vec (&v)[kCount]) {
   }
 }
 
-// scores[r][k] = q[r] . key[k] over `width` floats, whole vectors; a line of `ahead` every other step
-template <bool kPrefetch>
+// How rows of keys are stored.
+struct Floats {
+  static constexpr int64_t kBytes = 4;
+  KILIN_INLINE Vec load_at(const char* row, int64_t c) {
+    return load(reinterpret_cast<const float*>(row) + c);
+  }
+};
+struct Halves {
+  static constexpr int64_t kBytes = 2;
+  KILIN_INLINE Vec load_at(const char* row, int64_t c) { return load_f16(row + 2 * c); }
+};
+
+// scores[r][k] = q[r] . key[k] over `width` values, whole vectors; a line of `ahead` every other step
+template <class Type, bool kPrefetch>
 KILIN_INLINE void score_tile(int64_t width, const float* const (&q)[kScoreRows],
-                             const float* const (&key)[kScoreKeys], float* scores, const char* ahead) {
+                             const char* const (&key)[kScoreKeys], float* scores, const char* ahead) {
   Vec acc[kScoreSets][kLanes];
 #pragma GCC unroll 2
-  for (int s = 0; s < kScoreSets; ++s) {
+  for (auto& set : acc) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) acc[s][i] = zero();
+    for (Vec& sum : set) sum = zero();
   }
   for (int64_t c = 0; c < width; c += kLanes) {
     Vec k[kScoreKeys];
 #pragma GCC unroll 4
-    for (int j = 0; j < kScoreKeys; ++j) k[j] = load(key[j] + c);
-#pragma GCC unroll 4
+    for (int j = 0; j < kScoreKeys; ++j) k[j] = Type::load_at(key[j], c);
+#pragma GCC unroll 8
     for (int r = 0; r < kScoreRows; ++r) {
       const Vec query = load(q[r] + c);
 #pragma GCC unroll 4
@@ -82,15 +103,15 @@ KILIN_INLINE void score_tile(int64_t width, const float* const (&q)[kScoreRows],
   float sums[kScoreSets * kLanes];
 #pragma GCC unroll 2
   for (int s = 0; s < kScoreSets; ++s) store(sums + s * kLanes, reduce_lanes(acc[s]));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < kScoreRows; ++r) {
     std::memcpy(scores + r * kMlaKeyBlock, sums + r * kScoreKeys, kScoreKeys * sizeof(float));
   }
 }
 
 // context[r][0..kVectors lanes) += sum over keys of weights[r][key] latents[key]; a line of `ahead` each step
-template <int kVectors, bool kPrefetch>
-KILIN_INLINE void context_tile(int64_t keys, const float* weights, const float* latents, int64_t stride,
+template <class Type, int kVectors, bool kPrefetch>
+KILIN_INLINE void context_tile(int64_t keys, const float* weights, const char* latents, int64_t stride,
                                float* context, int64_t context_stride, const char* ahead) {
   Vec acc[kContextRows][kVectors];
 #pragma GCC unroll 8
@@ -101,7 +122,7 @@ KILIN_INLINE void context_tile(int64_t keys, const float* weights, const float* 
   for (int64_t j = 0; j < keys; ++j) {
     Vec c[kVectors];
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) c[v] = load(latents + j * stride + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) c[v] = Type::load_at(latents + j * stride, v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kContextRows; ++r) {
       const Vec w = splat(weights[r * kMlaKeyBlock + j]);
@@ -117,9 +138,9 @@ KILIN_INLINE void context_tile(int64_t keys, const float* weights, const float* 
   }
 }
 
-// A block of keys: `keys` rows of the cache. Their floats are in the cache itself (float32 in whole vectors)
-// or are widened a few rows at a time into `widened`, which stays in the first-level cache: twice, for scores
-// and for contexts, because all of a block's rows as floats would go to the second level and back.
+// A block of keys: `keys` rows of the cache. Rows that are whole vectors are read as they are; others are
+// copied to `widened` a few at a time, which stays in the first-level cache: twice, for scores and for
+// contexts.
 struct Block {
   int64_t keys;
   const char* cache;  // the first cache row
@@ -128,80 +149,102 @@ struct Block {
   float* widened;  // nullptr: the cache is read as it is
 };
 struct Rows {
-  const float* first;
-  int64_t stride;
+  const char* first;
+  int64_t stride;  // bytes
 };
 
-// Rows [begin, end) of the block, the first `width` values of each.
-KILIN_INLINE Rows block_rows(const Block& block, int64_t begin, int64_t end, int64_t width, int64_t stride) {
-  const char* cache = block.cache + begin * block.row_bytes;
-  if (block.widened == nullptr) return {reinterpret_cast<const float*>(cache), block.row_bytes / 4};
+// Rows [begin, end) of the block, the first `width` values of each, as floats `stride` apart.
+KILIN_INLINE Rows widened_rows(const Block& block, int64_t begin, int64_t end, int64_t width,
+                               int64_t stride) {
   for (int64_t i = 0; i < end - begin; ++i) {
-    widen_row(block.type, width, cache + i * block.row_bytes, block.widened + i * stride);
+    widen_row(block.type, width, block.cache + (begin + i) * block.row_bytes, block.widened + i * stride);
   }
-  return {block.widened, stride};
+  return {reinterpret_cast<const char*>(block.widened), stride * 4};
 }
 
-void block_scores(const MlaPiece& t, const Block& block, float* scores, Ahead& ahead) {
-  const MlaParams& p = *t.params;
-  const int64_t width = p.latent + p.rope;
-  const int64_t padded = mla_padded(width);
-  for (int64_t first = 0; first < block.keys; first += kWidenedKeys) {
-    const int64_t last = least(block.keys, first + kWidenedKeys);
-    const Rows rows = block_rows(block, first, last, width, padded);
-    for (int64_t r = 0; r < t.rows; r += kScoreRows) {
-      const float* q[kScoreRows];
-      for (int i = 0; i < kScoreRows; ++i) q[i] = t.queries + least(r + i, t.rows - 1) * padded;
-      for (int64_t j = first; j < last; j += kScoreKeys) {
-        const float* key[kScoreKeys];
-        for (int k = 0; k < kScoreKeys; ++k)
-          key[k] = rows.first + (least(j + k, last - 1) - first) * rows.stride;
-        float* to = scores + r * kMlaKeyBlock + j;
-        const char* lines = r < kPrefetchRows ? ahead.take(padded / (2 * kLanes)) : nullptr;
-        if (lines != nullptr) {
-          score_tile<true>(padded, q, key, to, lines);
-        } else {
-          score_tile<false>(padded, q, key, to, nullptr);
-        }
+// Scores of all query rows with keys [begin, end) of a block, which `rows` holds.
+template <class Type>
+KILIN_INLINE void key_scores(const MlaPiece& t, const Rows& rows, int64_t begin, int64_t end, float* scores,
+                             Ahead& ahead) {
+  const int64_t padded = mla_padded(t.params->latent + t.params->rope);
+  for (int64_t r = 0; r < t.rows; r += kScoreRows) {
+    const float* q[kScoreRows];
+    for (int i = 0; i < kScoreRows; ++i) q[i] = t.queries + least(r + i, t.rows - 1) * padded;
+    for (int64_t j = begin; j < end; j += kScoreKeys) {
+      const char* key[kScoreKeys];
+      for (int k = 0; k < kScoreKeys; ++k)
+        key[k] = rows.first + (least(j + k, end - 1) - begin) * rows.stride;
+      float* to = scores + r * kMlaKeyBlock + j;
+      const char* lines = r < kPrefetchRows ? ahead.take(padded / (2 * kLanes)) : nullptr;
+      if (lines != nullptr) {
+        score_tile<Type, true>(padded, q, key, to, lines);
+      } else {
+        score_tile<Type, false>(padded, q, key, to, nullptr);
       }
     }
   }
 }
 
-template <int kVectors>
+void block_scores(const MlaPiece& t, const Block& block, float* scores, Ahead& ahead) {
+  if (block.widened == nullptr) {
+    const Rows rows{block.cache, block.row_bytes};
+    if (block.type == Dtype::kF16) return key_scores<Halves>(t, rows, 0, block.keys, scores, ahead);
+    return key_scores<Floats>(t, rows, 0, block.keys, scores, ahead);
+  }
+  const int64_t width = t.params->latent + t.params->rope;
+  for (int64_t first = 0; first < block.keys; first += kWidenedKeys) {
+    const int64_t last = least(block.keys, first + kWidenedKeys);
+    const Rows rows = widened_rows(block, first, last, width, mla_padded(width));
+    key_scores<Floats>(t, rows, first, last, scores, ahead);
+  }
+}
+
+template <class Type, int kVectors>
 KILIN_INLINE void context_columns(int64_t keys, const float* weights, const Rows& rows, int64_t begin,
                                   float* context, int64_t columns, const char* ahead) {
+  const char* first = rows.first + begin * Type::kBytes;
   if (ahead != nullptr) {
-    context_tile<kVectors, true>(keys, weights, rows.first + begin, rows.stride, context + begin, columns,
-                                 ahead);
+    context_tile<Type, kVectors, true>(keys, weights, first, rows.stride, context + begin, columns, ahead);
   } else {
-    context_tile<kVectors, false>(keys, weights, rows.first + begin, rows.stride, context + begin, columns,
-                                  nullptr);
+    context_tile<Type, kVectors, false>(keys, weights, first, rows.stride, context + begin, columns, nullptr);
+  }
+}
+
+// Contexts of all query rows with `keys` keys from `first` of a block on, which `rows` holds.
+template <class Type>
+KILIN_INLINE void key_contexts(const MlaPiece& t, const Rows& rows, int64_t first, int64_t keys,
+                               const float* scores, Ahead& ahead) {
+  const int64_t columns = mla_padded(t.params->latent);
+  for (int64_t r = 0; r < t.rows; r += kContextRows) {
+    const float* weights = scores + r * kMlaKeyBlock + first;
+    float* context = t.context + r * columns;
+    for (int64_t c = 0; c < columns;) {
+      const char* lines = r < kPrefetchRows ? ahead.take(keys) : nullptr;
+      if (c + kContextVectors * kLanes <= columns) {
+        context_columns<Type, kContextVectors>(keys, weights, rows, c, context, columns, lines);
+        c += kContextVectors * kLanes;
+      } else if (kContextVectors > 2 && c + 2 * kLanes <= columns) {
+        context_columns<Type, 2>(keys, weights, rows, c, context, columns, lines);
+        c += 2 * kLanes;
+      } else {
+        context_columns<Type, 1>(keys, weights, rows, c, context, columns, lines);
+        c += kLanes;
+      }
+    }
   }
 }
 
 void block_contexts(const MlaPiece& t, const Block& block, const float* scores, Ahead& ahead) {
+  if (block.widened == nullptr) {
+    const Rows rows{block.cache, block.row_bytes};
+    if (block.type == Dtype::kF16) return key_contexts<Halves>(t, rows, 0, block.keys, scores, ahead);
+    return key_contexts<Floats>(t, rows, 0, block.keys, scores, ahead);
+  }
   const int64_t columns = mla_padded(t.params->latent);
   for (int64_t first = 0; first < block.keys; first += kWidenedKeys) {
     const int64_t keys = least(kWidenedKeys, block.keys - first);
-    const Rows rows = block_rows(block, first, first + keys, t.params->latent, columns);
-    for (int64_t r = 0; r < t.rows; r += kContextRows) {
-      const float* weights = scores + r * kMlaKeyBlock + first;
-      float* context = t.context + r * columns;
-      for (int64_t c = 0; c < columns;) {
-        const char* lines = r < kPrefetchRows ? ahead.take(keys) : nullptr;
-        if (c + 3 * kLanes <= columns) {
-          context_columns<3>(keys, weights, rows, c, context, columns, lines);
-          c += 3 * kLanes;
-        } else if (c + 2 * kLanes <= columns) {
-          context_columns<2>(keys, weights, rows, c, context, columns, lines);
-          c += 2 * kLanes;
-        } else {
-          context_columns<1>(keys, weights, rows, c, context, columns, lines);
-          c += kLanes;
-        }
-      }
-    }
+    const Rows rows = widened_rows(block, first, first + keys, t.params->latent, columns);
+    key_contexts<Floats>(t, rows, first, keys, scores, ahead);
   }
 }
 
@@ -214,7 +257,7 @@ Block block_at(const MlaPiece& t, int64_t begin, float* widened) {
   b.row_bytes = p.page_stride * element;
   b.cache = static_cast<const char*>(t.pages[begin / p.page_tokens]) + begin % p.page_tokens * b.row_bytes;
   b.type = p.cache_type;
-  if (element == 2 || width != mla_padded(width)) b.widened = widened;
+  if (width != mla_padded(width) || (element == 2 && !kReadsHalves)) b.widened = widened;
   return b;
 }
 

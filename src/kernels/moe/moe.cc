@@ -100,7 +100,7 @@ void grow(HugeVector<float>& v, int64_t n) {
 
 void moe_experts(int64_t tokens, int64_t hidden, int top_k, const float* x, const int32_t* ids,
                  const float* weights, std::span<const ExpertWeights> experts, const ExpertWeights* shared,
-                 float* y, MoeScratch& s, ThreadPool& pool) {
+                 float* y, MoeScratch& s, ThreadPool& pool, Activations activations) {
   if (tokens == 0) return;
   const int64_t rows = tokens * top_k;
   const int64_t width = experts.front().gate.rows;
@@ -119,14 +119,14 @@ void moe_experts(int64_t tokens, int64_t hidden, int top_k, const float* x, cons
     if (count == 0) continue;
     // one token: its chosen experts all read x itself, so that it is prepared once
     const int32_t* from = tokens > 1 ? s.token_of.data() + first : nullptr;
-    s.jobs.push_back({count, x, hidden, experts[e].gate, gate + first * width, width, from});
-    s.jobs.push_back({count, x, hidden, experts[e].up, up + first * width, width, from});
+    s.jobs.push_back({count, x, hidden, experts[e].gate, gate + first * width, width, from, tokens});
+    s.jobs.push_back({count, x, hidden, experts[e].up, up + first * width, width, from, tokens});
   }
   if (shared != nullptr) {
     s.jobs.push_back({tokens, x, hidden, shared->gate, gate + rows * width, shared_width});
     s.jobs.push_back({tokens, x, hidden, shared->up, up + rows * width, shared_width});
   }
-  matmul(s.jobs, pool);
+  matmul(s.jobs, pool, activations);
   swiglu(inner, gate, up, gate, pool);
   s.jobs.clear();
   for (size_t e = 0; e < experts.size(); ++e) {
@@ -138,7 +138,7 @@ void moe_experts(int64_t tokens, int64_t hidden, int top_k, const float* x, cons
   }
   if (shared != nullptr)
     s.jobs.push_back({tokens, gate + rows * width, shared_width, shared->down, y, hidden});
-  matmul(s.jobs, pool);
+  matmul(s.jobs, pool, activations);
   if (shared == nullptr) std::memset(y, 0, static_cast<size_t>(tokens * hidden) * sizeof(float));
   pool.parallel_for(tokens > 8 ? tokens : 1, [&](int64_t task, int) {
     const int64_t begin = tokens > 8 ? task : 0;

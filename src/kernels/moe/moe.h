@@ -47,6 +47,7 @@ struct MoeScratch {
 };
 void moe_experts(int64_t tokens, int64_t hidden, int top_k, const float* x, const int32_t* ids,
                  const float* weights, std::span<const ExpertWeights> experts, const ExpertWeights* shared,
-                 float* y, MoeScratch& scratch, ThreadPool& pool);
+                 float* y, MoeScratch& scratch, ThreadPool& pool,
+                 Activations activations = Activations::kExact);
 
 }  // namespace kilin

@@ -2,6 +2,7 @@
 // config.json of a model: any bytes give a configuration that passes its own checks, or an Error.
 #include <cstddef>
 #include <cstdint>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
 

@@ -2,8 +2,8 @@
 // S <- (I - b k k^T) Diag(a) S + b k v^T, o = S^T q. Eight lanes share a row of S (V x K): channel 8 j +
 // lane.
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/scalar.cuh"
 #include "kernels/kda/kda_recurrent_cuda.h"
-#include "kernels/kda/kda_sm90.cuh"
 
 namespace kilin {
 namespace cuda {
@@ -42,9 +42,6 @@ struct Recurrence {
   float speed, bias[kOwn], s[kOwn];
 
   __device__ __forceinline__ int channel(int j) const { return 8 * j + lane; }
-  __device__ __forceinline__ static float value(const void* data, CudaType type, int64_t i) {
-    return float_of_bits(load_bits(data, type, i), type);
-  }
 
   __device__ __forceinline__ void load(int64_t t, Token<kOwn>& x) const {
     const int64_t q = t * p.q.stride + static_cast<int64_t>(head) * p.key_dim,
@@ -53,14 +50,15 @@ struct Recurrence {
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
       const bool valid = channel(j) < p.key_dim;
-      x.q[j] = valid ? value(p.q.data, p.type, q + channel(j)) : 0.0f;
-      x.k[j] = valid ? value(p.k.data, p.type, k + channel(j)) : 0.0f;
-      x.gate[j] = valid ? value(p.gate.data, p.gate_type, gate + channel(j)) : 0.0f;
+      x.q[j] = valid ? cuda::load(p.q.data, p.type, q + channel(j)) : 0.0f;
+      x.k[j] = valid ? cuda::load(p.k.data, p.type, k + channel(j)) : 0.0f;
+      x.gate[j] = valid ? cuda::load(p.gate.data, p.gate_type, gate + channel(j)) : 0.0f;
     }
     x.v = row < p.value_dim
-              ? value(p.v.data, p.type, t * p.v.stride + static_cast<int64_t>(value_head) * p.value_dim + row)
+              ? cuda::load(p.v.data, p.type,
+                           t * p.v.stride + static_cast<int64_t>(value_head) * p.value_dim + row)
               : 0.0f;
-    x.beta = value(p.beta.data, p.beta_type, t * p.beta.stride + value_head);
+    x.beta = cuda::load(p.beta.data, p.beta_type, t * p.beta.stride + value_head);
   }
 
   // One token; returns o of the row.
@@ -94,20 +92,6 @@ struct Recurrence {
   }
 };
 
-__device__ __forceinline__ void store(void* data, CudaType type, int64_t i, float x) {
-  switch (type) {
-    case CudaType::kF32:
-      static_cast<float*>(data)[i] = x;
-      break;
-    case CudaType::kF16:
-      static_cast<__half*>(data)[i] = __float2half(x);
-      break;
-    case CudaType::kBf16:
-      static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16(x);
-      break;
-  }
-}
-
 template <int kOwn>
 __global__ void __launch_bounds__(128) kda_recurrent(const __grid_constant__ KdaCudaParams p) {
   const int parts = (p.value_dim + kRowsPerBlock - 1) / kRowsPerBlock;
@@ -133,7 +117,7 @@ __global__ void __launch_bounds__(128) kda_recurrent(const __grid_constant__ Kda
                     ? p.dt_bias[value_head * p.key_dim + x.channel(j)]
                     : 0.0f;
     x.s[j] = valid && stored && from >= 0
-                 ? Recurrence<kOwn>::value(p.initial.data, p.initial.type, place(p.initial, from, j))
+                 ? cuda::load(p.initial.data, p.initial.type, place(p.initial, from, j))
                  : 0.0f;
   }
   const int64_t equal = p.tokens / p.sequences;

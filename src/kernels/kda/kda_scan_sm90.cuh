@@ -39,7 +39,7 @@ struct ScanWarp {
 
   StateRows<Element, K> state;
   OutRows<Element> out;
-  int warp, lane;
+  int lane;
   uint32_t values_count;                                 // all ones, or 0 for rows of M
   uint32_t row_base, key_base, square_base, value_base;  // of this lane in a stage
   uint32_t staged;
@@ -49,7 +49,6 @@ struct ScanWarp {
   __device__ __forceinline__ ScanWarp(const KdaArgs& args, const ScanWork& work, int number, uint32_t base)
       : state(args, work, number * 16),
         out(args, work, number * 16, 1),
-        warp(number),
         lane(threadIdx.x & 31),
         staged(base + Block::kStaged + number * 512) {
     // Rows of the image as B operands: lanes address 8 rows x (k 0 to 7, 8 to 15), then the next 8 rows. Keys

@@ -8,6 +8,7 @@
 
 #include "kernels/cpu/amx_tiles.h"
 #include "kernels/cpu/vec.h"
+#include "kernels/matmul/integers.h"
 #include "kernels/matmul/layout.h"
 
 namespace kilin::amx {
@@ -40,21 +41,6 @@ KILIN_INLINE Terms split(Vec first, Vec second) {
 KILIN_INLINE void store_terms(const Terms& t, std::byte* high, std::byte* low) {
   std::memcpy(high, &t.high, 64);
   std::memcpy(low, &t.low, 64);
-}
-
-KILIN_INLINE VecUint load_unit(const std::byte* p) {
-  VecUint v;
-  std::memcpy(&v, p, 64);
-  return v;
-}
-
-typedef uint8_t Bytes16 __attribute__((vector_size(16)));
-typedef int8_t SignedBytes16 __attribute__((vector_size(16)));
-template <class Bytes>
-KILIN_INLINE Vec load_bytes(const std::byte* p) {
-  Bytes b;
-  std::memcpy(&b, p, 16);
-  return __builtin_convertvector(__builtin_convertvector(b, VecInt), Vec);
 }
 
 // x = n scale + bias for four integers n of each row (a byte of w each): two pairs of terms
@@ -123,8 +109,8 @@ void widen_q4_k(const std::byte* panel, int64_t first, int64_t chunks, std::byte
     const std::byte* group = panel + part / 8 * kGroup.bytes;
     const std::byte* scales = group + 64 + part % 8 * 32;
     const std::byte* units = group + kGroup.header + part % 8 / 2 * 8 * 64;
-    const Vec scale = load_f16(group) * load_bytes<Bytes16>(scales);
-    const Vec least = load_f16(group + 32) * load_bytes<Bytes16>(scales + 16);
+    const Vec scale = load_f16(group) * load_u8(scales);
+    const Vec least = load_f16(group + 32) * load_u8(scales + 16);
     for (int u = 0; u < 8; ++u) {
       widen_nibbles(load_unit(units + u * 64), static_cast<int>(part % 2 * 4), scale, -least, high + u * 128,
                     low + u * 128);
@@ -143,7 +129,7 @@ void widen_q6_k(const std::byte* panel, int64_t first, int64_t chunks, std::byte
       const VecUint low_bits = load_unit(units + (quarter % 2 * 8 + u) * 64) >> (quarter / 2 * 4);
       const VecUint high_bits = load_unit(units + (16 + u) * 64) >> (2 * quarter);
       const VecUint w = (low_bits & 0x0f0f0f0fu) | ((high_bits & 0x03030303u) << 4);
-      const Vec scale = d * load_bytes<SignedBytes16>(group + 32 + (part % 8 * 2 + u / 4) * 16);
+      const Vec scale = d * load_i8(group + 32 + (part % 8 * 2 + u / 4) * 16);
       widen_group(w, scale, scale * splat(-32.0f), high + u * 128, low + u * 128);
     }
   }

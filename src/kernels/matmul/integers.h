@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of 4-byte groups: the integer vocabulary of dot_integers (include only from *_isa.cc).
+// Products of 4-byte groups, and loads of integers: what dot_integers and the AVX-512 forms are made of
+// (include only from files that are compiled for an instruction set).
 #pragma once
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -15,19 +16,19 @@ inline constexpr int kParts = 16 / kLanes;  // vectors that hold a unit of 16 ro
 typedef uint8_t VecBytes __attribute__((vector_size(kLanes)));
 typedef int8_t VecSignedBytes __attribute__((vector_size(kLanes)));
 
-KILIN_INLINE VecUint load_unit(const uint8_t* p) {
+KILIN_INLINE VecUint load_unit(const void* p) {
   VecUint v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
 // kLanes bytes as floats
-KILIN_INLINE Vec load_u8(const uint8_t* p) {
+KILIN_INLINE Vec load_u8(const void* p) {
   VecBytes b;
   std::memcpy(&b, p, sizeof b);
   return __builtin_convertvector(__builtin_convertvector(b, VecInt), Vec);
 }
-KILIN_INLINE Vec load_i8(const uint8_t* p) {
+KILIN_INLINE Vec load_i8(const void* p) {
   VecSignedBytes b;
   std::memcpy(&b, p, sizeof b);
   return __builtin_convertvector(__builtin_convertvector(b, VecInt), Vec);

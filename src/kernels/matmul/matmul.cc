@@ -172,18 +172,14 @@ bool chooses_rows(const MatmulJob& job, Form form) {
 
 void add_input(MatmulJob job, Form form, Plan& plan, size_t& bytes) {
   if (reads_x_in_place(job, form)) return plan.input_of.push_back(kNone);
+  const size_t count = plan.inputs.size();
+  size_t looked_at = 2;  // jobs with the same input follow one another
   if (chooses_rows(job, form)) {
     job.tokens = job.x_count;
     job.x_rows = nullptr;
-    for (size_t i = 0; i < plan.inputs.size(); ++i) {
-      const Input& known = plan.inputs[i];
-      if (known.x == job.x && known.x_rows == nullptr && known.x_stride == job.x_stride &&
-          known.tokens == job.tokens && known.cols == job.w.cols && known.form == form)
-        return plan.input_of.push_back(i);
-    }
+    looked_at = count;  // but those of experts that choose from the same rows do not
   }
-  // Jobs with the same input follow one another.
-  for (size_t i = plan.inputs.size(); i-- > 0 && plan.inputs.size() - i <= 2;) {
+  for (size_t i = count; i-- > 0 && count - i <= looked_at;) {
     const Input& known = plan.inputs[i];
     if (known.x == job.x && known.x_rows == job.x_rows && known.x_stride == job.x_stride &&
         known.tokens == job.tokens && known.cols == job.w.cols && known.form == form) {
@@ -191,7 +187,7 @@ void add_input(MatmulJob job, Form form, Plan& plan, size_t& bytes) {
     }
   }
   const int64_t tasks = form == Form::kTiles ? (job.tokens + 15) / 16 : job.tokens;
-  plan.input_of.push_back(plan.inputs.size());
+  plan.input_of.push_back(count);
   plan.inputs.push_back({job.x, job.x_rows, job.x_stride, job.tokens, job.w.cols, form, bytes, tasks});
   bytes += input_bytes(form, job.tokens, job.w.cols);
 }

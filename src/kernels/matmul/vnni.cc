@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "kernels/cpu/vec.h"
+#include "kernels/matmul/integers.h"
 #include "kernels/matmul/layout.h"
 #include "kernels/matmul/matmul_simd.h"
 
@@ -25,21 +26,7 @@ struct Wide {
   float least[kDepthBlocks][kPanels][16];     // Q4_K
 };
 
-KILIN_INLINE VecUint load_unit(const std::byte* p) {
-  VecUint v;
-  std::memcpy(&v, p, 64);
-  return v;
-}
 KILIN_INLINE void store_unit(uint8_t* p, VecUint v) { std::memcpy(p, &v, 64); }
-
-typedef uint8_t Bytes16 __attribute__((vector_size(16)));
-typedef int8_t SignedBytes16 __attribute__((vector_size(16)));
-template <class Bytes>
-KILIN_INLINE Vec load_bytes(const std::byte* p) {
-  Bytes b;
-  std::memcpy(&b, p, 16);
-  return __builtin_convertvector(__builtin_convertvector(b, VecInt), Vec);
-}
 
 // Types unpack block b of a panel to part j of w.wide[i].
 struct Q8_0 {
@@ -76,8 +63,8 @@ struct Q4_K {
     const std::byte* group = panel + b / 8 * kGroup.bytes;
     const std::byte* scales = group + 64 + b % 8 * 32;
     const std::byte* units = group + kGroup.header + b % 8 / 2 * 8 * 64;
-    store(w.scale[i][0][j], load_f16(group) * load_bytes<Bytes16>(scales));
-    store(w.least[i][j], load_f16(group + 32) * load_bytes<Bytes16>(scales + 16));
+    store(w.scale[i][0][j], load_f16(group) * load_u8(scales));
+    store(w.least[i][j], load_f16(group + 32) * load_u8(scales + 16));
     for (int u = 0; u < 8; ++u) {
       store_unit(w.unit[i][u][j], (load_unit(units + u * 64) >> (b % 2 * 4)) & 0x0f0f0f0fu);
     }
@@ -92,8 +79,7 @@ struct Q6_K {
     const std::byte* group = panel + b / 8 * kGroup.bytes;
     const std::byte* units = group + kGroup.header + b % 8 / 4 * 24 * 64;
     for (int side = 0; side < 2; ++side) {
-      store(w.scale[i][side][j],
-            load_f16(group) * load_bytes<SignedBytes16>(group + 32 + (b % 8 * 2 + side) * 16));
+      store(w.scale[i][side][j], load_f16(group) * load_i8(group + 32 + (b % 8 * 2 + side) * 16));
     }
     for (int u = 0; u < 8; ++u) {
       const VecUint low = load_unit(units + (quarter % 2 * 8 + u) * 64) >> (quarter / 2 * 4);
@@ -102,12 +88,6 @@ struct Q6_K {
     }
   }
 };
-
-KILIN_INLINE __m512i broadcast(const int8_t* p) {
-  int32_t v;
-  std::memcpy(&v, p, 4);
-  return _mm512_set1_epi32(v);
-}
 
 // Tokens of a register tile. Larger tiles (up to 6 with two bytes, 12 with one) were 10 to 30 % slower on a
 // Zen 4, although they load less: docs/notes/20261125-cpu-vs-llama-cpp.md.
@@ -139,11 +119,11 @@ KILIN_INLINE void multiply_block(const Wide& w, int64_t i, const Block* const (&
 #pragma GCC unroll 4
       for (int t = 0; t < M; ++t) {
         const int8_t* bytes = x[t][i].bytes + 4 * u;
-        const __m512i v_low = broadcast(bytes);
+        const __m512i v_low = _mm512_set1_epi32(load_i32(bytes));
         low[t][0] = _mm512_dpbusd_epi32(low[t][0], w0, v_low);
         low[t][1] = _mm512_dpbusd_epi32(low[t][1], w1, v_low);
         if constexpr (kTwoBytes) {
-          const __m512i v_high = broadcast(bytes + 32);
+          const __m512i v_high = _mm512_set1_epi32(load_i32(bytes + 32));
           high[t][0] = _mm512_dpbusd_epi32(high[t][0], w0, v_high);
           high[t][1] = _mm512_dpbusd_epi32(high[t][1], w1, v_high);
         }

@@ -65,6 +65,18 @@ inline CudaType cuda_type(const char* name, const Tensor& tensor) {
   }
 }
 
+// Elements from one row to the next of a tensor [N, ...] whose rows are contiguous.
+inline int64_t row_stride(const char* name, const Tensor& tensor) {
+  int64_t row = 1;
+  for (int64_t i = tensor.dim() - 1; i >= 1; --i) {
+    check(tensor.size(i) == 1 || tensor.stride(i) == row, "kda: within a token {} must be contiguous", name);
+    row *= tensor.size(i);
+  }
+  if (tensor.size(0) <= 1) return row;
+  check(tensor.stride(0) >= row, "kda: the tokens of {} overlap", name);
+  return tensor.stride(0);
+}
+
 // What the kernels' parameters have in common. float32: whether the kernel takes q in float32.
 template <class Params>
 Params cuda_params(const Inputs& in, const Shape& shape, const Tensor& out, bool float32 = false) {

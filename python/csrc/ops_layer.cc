@@ -79,6 +79,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kilin, m) {
   m.def(
       "gated_rms_norm_backward(Tensor x, Tensor? z, Tensor? weight, float eps, int activation, Tensor d_y) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "kda_decode(Tensor qkv, Tensor gate, Tensor beta, Tensor? a_log, Tensor? dt_bias, Tensor(a!) pool, "
+      "Tensor(b!) conv_state, Tensor conv_weight, Tensor slots, Tensor? z, Tensor? norm_weight, Tensor(c!) "
+      "out, "
+      "float scale, int gate_kind, float lower_bound, bool l2norm, bool beta_is_logit, float beta_scale, "
+      "int first_slot, float eps, int activation) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kilin, CPU, m) {

@@ -113,13 +113,6 @@ Tensor short_conv_update_gpu(const Tensor& u, const Tensor& weight, const Tensor
   return y;
 }
 
-// Elements from one token to the next of x [tokens, heads, width].
-int64_t row_stride(const char* name, const Tensor& x) {
-  check(x.stride(2) == 1 && (x.size(1) == 1 || x.stride(1) == x.size(2)),
-        "gated_rms_norm: within a token {} must be contiguous", name);
-  return x.size(0) <= 1 ? x.size(1) * x.size(2) : x.stride(0);
-}
-
 GatedNormCudaParams norm_params(const Tensor& x, const OptionalTensor& z, const OptionalTensor& weight,
                                 double eps, const NormShape& shape, const Tensor& y) {
   GatedNormCudaParams p;

@@ -3,10 +3,11 @@
 
 Packed batches [1, T, H, D]; raw gate and raw beta (the activation happens inside); states V x K, a pool
 [slots, H, V, K] indexed by state_indices, where a slot <= 0 is vLLM's null block: its output is zeros and it is
-not written. What is not there raises NotImplementedError with its name: speculation on CPU tensors,
-kda_recoverssm_verify, and fused_kda_decode (the decode step fused with convolution and output norm).
+not written. What is not there raises NotImplementedError with its name: speculation on CPU tensors and
+kda_recoverssm_verify.
 """
 from . import _ops
+from .decode import kda_decode
 
 __all__ = ["chunk_kda_with_fused_gate", "flash_kda_fwd", "fused_kda_decode", "fused_recurrent_kda",
            "fused_recurrent_kda_packed_decode", "kda_recoverssm_verify"]
@@ -77,9 +78,23 @@ def fused_recurrent_kda_packed_decode(mixed_qkv, raw_g, raw_beta, A_log, dt_bias
     return out.transpose(0, 1), initial_state
 
 
-def fused_kda_decode(*args, **kwargs):
-    """Convolution, KDA step and gated output norm in one: not there."""
-    raise NotImplementedError("kilin: fused_kda_decode is not there (the KDA step fused with convolution and norm)")
+def fused_kda_decode(x, weight, bias, conv_state, raw_g, raw_beta, A_log, dt_bias, state_indices, state, out=None,
+                     lower_bound=None, output_gate=None, norm_weight=None, norm_eps=1e-5):
+    """One token for each of N sequences, convolution and gated norm included. x [N, 3 H K]: q, k and v before the
+    convolution; weight [3, 4, H K] float32, bias None; conv_state [slots, 3 H K, 3], a transposed view of [slots, 3, 3 H
+    K] (vLLM's layout "SD"); raw_g [1, N, H, K], raw_beta [1, N, H]; state [slots, H, V, K]; output_gate [N, H, V] and
+    norm_weight [V], or neither. Writes out [1, N, H, V] and returns it."""
+    if bias is not None:
+        raise NotImplementedError("kilin: fused_kda_decode with a bias of the convolution is not there")
+    if conv_state.stride(1) != 1:
+        raise NotImplementedError("kilin: fused_kda_decode takes the convolution's states with their channels next to each "
+                                  "other (vLLM's layout SD), not DS")
+    if (output_gate is None) != (norm_weight is None):
+        raise ValueError("kilin: fused_kda_decode needs output_gate and norm_weight, or neither")
+    o = kda_decode(x, raw_g.squeeze(0), raw_beta.squeeze(0), state, state_indices, conv_state=conv_state.transpose(1, 2),
+                   conv_weight=weight, a_log=A_log, dt_bias=dt_bias, norm_weight=norm_weight, z=output_gate, eps=norm_eps,
+                   first_slot=1, out=None if out is None else out.squeeze(0), **_gate(lower_bound))
+    return o.unsqueeze(0) if out is None else out
 
 
 def kda_recoverssm_verify(*args, **kwargs):

@@ -76,9 +76,9 @@ __device__ __forceinline__ RawValue issue(const void* data, CudaType type, int64
   return raw;
 }
 
-// Elements 4 i .. 4 i + 3 of an array that is aligned to four of its elements.
+// Four values of one type: 16-bit ones in low, or two floats in each.
 struct RawFour {
-  uint2 low, high;  // four 16-bit values in low, or two floats in each
+  uint2 low, high;
   __device__ __forceinline__ float4 value(CudaType type) const {
     if (type == CudaType::kF32) {
       return {__uint_as_float(low.x), __uint_as_float(low.y), __uint_as_float(high.x),
@@ -89,21 +89,19 @@ struct RawFour {
   }
 };
 
-__device__ __forceinline__ uint2 issue_64(const void* address, bool there) {
-  uint2 bits;
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %3, 0;\n mov.b32 %0, 0;\n mov.b32 %1, 0;\n"
-      " @p ld.global.v2.b32 {%0, %1}, [%2];\n}"
-      : "=r"(bits.x), "=r"(bits.y)
-      : "l"(address), "r"(static_cast<int>(there))
-      : "memory");
-  return bits;
-}
-
-__device__ __forceinline__ RawFour issue_4(const void* data, CudaType type, int64_t i, bool there) {
+// Row i of an array [rows][4], which is aligned to 32 bits; with a stride, column i of an array [4][stride]
+// of floats.
+__device__ __forceinline__ RawFour issue_4(const void* data, CudaType type, int64_t i, int64_t stride,
+                                           bool there) {
   const bool wide = type == CudaType::kF32;
-  const uint2* address = static_cast<const uint2*>(data) + (wide ? 2 * i : i);
-  return {issue_64(address, there), issue_64(address + 1, there && wide)};
+  const uint32_t* words = static_cast<const uint32_t*>(data) + i * (stride != 0 ? 1 : wide ? 4 : 2);
+  const int64_t step = stride != 0 ? stride : 1;
+  RawFour four;
+  four.low.x = issue_32(words, 0, there);
+  four.low.y = issue_32(words, step, there);
+  four.high.x = issue_32(words, 2 * step, there && wide);
+  four.high.y = issue_32(words, 3 * step, there && wide);
+  return four;
 }
 
 // 1 / (1 + e^-x): e^-x may be infinite, the quotient is then 0.

@@ -41,9 +41,15 @@ void check_conv(const KdaDecodeCudaParams& p, int64_t channels) {
   check(p.value_heads / p.heads <= 8, "{}: {} value heads per head with a convolution, expected at most 8",
         kName, p.value_heads / p.heads);
   for (const void* weight : {conv.q_weight, conv.k_weight, conv.v_weight}) {
-    check(reinterpret_cast<uintptr_t>(weight) % (4 * cuda_size(conv.weight_type)) == 0,
-          "{}: a convolution weight is not aligned to four of its values", kName);
+    check(reinterpret_cast<uintptr_t>(weight) % 4 == 0, "{}: a convolution weight is not aligned to 4 bytes",
+          kName);
   }
+  if (conv.tap_stride == 0) return;
+  const int64_t widest = static_cast<int64_t>(p.value_heads) * p.value_dim;  // at least that of q and k
+  check(conv.weight_type == CudaType::kF32, "{}: convolution weights with a row per tap must be float32",
+        kName);
+  check(conv.tap_stride >= widest, "{}: conv.tap_stride is {}, expected 0 or at least {}", kName,
+        conv.tap_stride, widest);
 }
 
 }  // namespace

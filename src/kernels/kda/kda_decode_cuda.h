@@ -31,6 +31,8 @@ struct KdaDecodeConv {
   const int32_t* slots =
       nullptr;  // [N] on the device; null: slot n. A negative slot reads as zeros, is not written
   bool silu = true;
+  // Not 0: weights are [4][tap_stride] float32, a row per tap, oldest input first (vLLM keeps such a copy).
+  int64_t tap_stride = 0;
 };
 
 // Gated RMSNorm behind the output: out = o / sqrt(mean_v o^2 + eps) * weight * activation(gate).
@@ -111,7 +113,7 @@ bool has_many_tokens(const KdaDecodeCudaParams& params);
 int kda_decode_split(const KdaDecodeCudaParams& params, int multiprocessors);
 
 // Throws Error when the arguments do not fit or the launch fails. Accesses q, k, v, gate, beta and out
-// element by element, so they need no alignment; states and convolution weights are aligned to 16 and 8
+// element by element, so they need no alignment; states and convolution weights are aligned to 16 and 4
 // bytes.
 void kda_decode_cuda(const KdaDecodeCudaParams& params, CUstream_st* stream);
 

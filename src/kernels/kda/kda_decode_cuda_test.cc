@@ -68,6 +68,14 @@ const std::vector<Case>& cases() {
        .beta_type = f32,
        .weight_type = f32,
        .one_each = true},
+      {.name = "a row per tap",
+       .heads = 2,
+       .value_heads = 4,
+       .lengths = {1, 1},
+       .weight_type = f32,
+       .tap_rows = true,
+       .one_each = true},
+      {.name = "lengths, a row per tap", .lengths = {3, 0, 2}, .weight_type = f32, .tap_rows = true},
       {.name = "bf16 state", .lengths = {1, 1, 1}, .state_type = bf16, .one_each = true},
       {.name = "bf16 state, 64", .dim = 64, .lengths = {1, 1, 1}, .state_type = bf16, .one_each = true},
       {.name = "64", .heads = 3, .value_heads = 3, .dim = 64, .lengths = {1, 1, 1}, .one_each = true},
@@ -123,7 +131,8 @@ TEST_F(KdaDecodeCuda, SmallVariants) {
   for (Case wanted : cases()) {
     const std::string name = wanted.name;
     if (name != "one token" && name != "padding" && name != "grouped" && name != "lengths" &&
-        name != "verify, lengths" && name != "bf16 state, 64" && name != "fp32 weights and gates") {
+        name != "verify, lengths" && name != "bf16 state, 64" && name != "fp32 weights and gates" &&
+        name != "a row per tap") {
       continue;
     }
     for (int split : {1, 2}) {
@@ -236,6 +245,14 @@ TEST(KdaDecodeCudaArguments, AreChecked) {
   p.v.stride = 256, p.split = 3;
   EXPECT_THROW(validate(p), Error);
   p.split = 0, p.conv.q_weight = x;
+  EXPECT_THROW(validate(p), Error);
+  p.conv = {x, x, x, CudaType::kF32, x, 2304};
+  EXPECT_NO_THROW(validate(p));
+  p.conv.tap_stride = 255;
+  EXPECT_THROW(validate(p), Error);
+  p.conv.tap_stride = 256;
+  EXPECT_NO_THROW(validate(p));
+  p.conv.weight_type = CudaType::kBf16;
   EXPECT_THROW(validate(p), Error);
 }
 

@@ -146,8 +146,9 @@ struct Channel {
     bias = issue(p.dt_bias, CudaType::kF32, at.value_head * K + index, gate && p.dt_bias != nullptr);
     const bool conv = p.conv.q_weight != nullptr;
     weight[0] = issue_4(keys ? p.conv.q_weight : p.conv.v_weight, p.conv.weight_type, keys ? key : value,
-                        conv && active[0]);
-    weight[1] = issue_4(p.conv.k_weight, p.conv.weight_type, key, conv && keys && active[1]);
+                        p.conv.tap_stride, conv && active[0]);
+    weight[1] =
+        issue_4(p.conv.k_weight, p.conv.weight_type, key, p.conv.tap_stride, conv && keys && active[1]);
   }
 
   // Behind the loads that need no slot.

@@ -28,6 +28,7 @@ struct Case {
   GateActivation activation = GateActivation::kSigmoid;
   float beta_scale = 1;
   bool a_log = true, dt_bias = true;
+  bool tap_rows = false;      // convolution weights with a row per tap
   bool zero_initial = false;  // no initial states
   bool wide_seqlens = false;
   bool one_each = false;           // cu_seqlens null
@@ -70,9 +71,9 @@ class Problem {
     a_log_ = TypedArray(CudaType::kF32, normals(c_.value_heads, 0.5, 1));
     dt_bias_ = TypedArray(CudaType::kF32, normals(static_cast<int64_t>(c_.value_heads) * c_.dim, -1, 1));
     norm_weight_ = TypedArray(c_.weight_type, normals(c_.dim, 1, 0.3));
-    q_weight_ = TypedArray(c_.weight_type, normals(keys() * 4, 0, 0.6));
-    k_weight_ = TypedArray(c_.weight_type, normals(keys() * 4, 0, 0.6));
-    v_weight_ = TypedArray(c_.weight_type, normals(values() * 4, 0, 0.6));
+    q_weight_ = TypedArray(c_.weight_type, normals(c_.tap_rows ? 4 * tap_stride() : keys() * 4, 0, 0.6));
+    k_weight_ = TypedArray(c_.weight_type, normals(c_.tap_rows ? 4 * tap_stride() : keys() * 4, 0, 0.6));
+    v_weight_ = TypedArray(c_.weight_type, normals(c_.tap_rows ? 4 * tap_stride() : values() * 4, 0, 0.6));
     choose_slots();
     fill_pools();
     out_ = TypedArray(c_.type, std::vector<double>(tokens * out_stride(), 77.0));
@@ -111,7 +112,8 @@ class Problem {
                 rows_ * channels() + 8,
                 rows_,
                 conv_slots_.data(),
-                true};
+                true,
+                tap_stride()};
     }
     if (c_.norm) {
       p.norm = {norm_weight_.data(), c_.weight_type, 1e-5f, {out_gate_.data(), values() + 7}, c_.activation};
@@ -179,6 +181,7 @@ class Problem {
   int64_t values() const { return static_cast<int64_t>(c_.value_heads) * c_.dim; }
   int64_t channels() const { return 2 * keys() + values(); }
   int64_t out_stride() const { return values() + 2; }
+  int64_t tap_stride() const { return c_.tap_rows ? values() + 3 : 0; }
   int64_t head_size() const { return static_cast<int64_t>(c_.dim) * c_.dim; }
   int64_t slot_stride() const { return c_.value_heads * head_size() + 16; }
   float scale() const { return 1.0f / std::sqrt(static_cast<float>(c_.dim)); }
@@ -256,7 +259,10 @@ class Problem {
                         : channel < 2 * keys() ? channel - keys()
                                                : channel - 2 * keys();
     double total = 0;
-    for (int i = 0; i < 4; ++i) total += weight[row * 4 + i] * input(n, begin, t - 3 + i, channel);
+    for (int i = 0; i < 4; ++i) {
+      total +=
+          weight[c_.tap_rows ? i * tap_stride() + row : row * 4 + i] * input(n, begin, t - 3 + i, channel);
+    }
     return total / (1 + std::exp(-total));
   }
 

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/cpu.h"
 #include "base/error.h"
 #include "eval/inputs.h"
 #include "eval/perplexity.h"
@@ -126,10 +127,13 @@ int run_perplexity(const PerplexityOptions& options) {
   Progress progress("perplexity", predicted_tokens(inputs.windows), "tokens",
                     options.progress || progress_by_default());
   const Stopwatch measuring;
-  const auto result = eval::measure_perplexity(source, inputs.windows, [&](int64_t tokens) {
+  const auto heard = [&](int64_t tokens) {
     progress.update(tokens);
     return !interrupt.interrupted();
-  });
+  };
+  const int threads = options.model.threads;
+  const auto result =
+      eval::measure_perplexity(source, inputs.windows, heard, threads > 0 ? threads : physical_cores());
   progress.finish();
   const double seconds = measuring.seconds();
   if (interrupt.interrupted()) {

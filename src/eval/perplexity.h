@@ -20,7 +20,7 @@ struct Perplexity {
   int64_t windows = 0;
 };
 
-// -log softmax(logits)[token], with the sum of exponentials in double.
+// -log softmax(logits)[token], within 1e-6; the sum of exponentials is a double.
 double negative_log_likelihood(std::span<const float> logits, int32_t token);
 
 // Cuts a stream into windows of `length` tokens that do not overlap; the last partial one is left out.
@@ -29,8 +29,9 @@ std::vector<Window> cut_windows(std::span<const int32_t> stream, int64_t length,
 
 // Throws Error when there are no windows, when one has fewer than two tokens or a token outside the
 // vocabulary, and when a logit is not finite. `progress` hears the number of predicted tokens so far;
-// returning false stops, and the result covers the windows finished by then.
+// returning false stops, and the result covers the windows finished by then. `threads` take the likelihoods
+// from the logits (their number changes no bit); the model has its own.
 Perplexity measure_perplexity(LogitSource& source, std::span<const Window> windows,
-                              const std::function<bool(int64_t tokens)>& progress = {});
+                              const std::function<bool(int64_t tokens)>& progress = {}, int threads = 1);
 
 }  // namespace kilin::eval

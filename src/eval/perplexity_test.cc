@@ -56,6 +56,17 @@ TEST(NegativeLogLikelihood, OfUniformLogitsIsLogOfTheVocabulary) {
   EXPECT_NEAR(negative_log_likelihood(logits, 7), std::log(1000.0), 1e-12);
 }
 
+TEST(NegativeLogLikelihood, IsThatOfDoubles) {
+  std::vector<float> logits;
+  for (int i = 0; i < 5000; ++i) logits.push_back(20.0f * std::sin(static_cast<float>(i * i)));
+  double sum = 0;
+  for (const float x : logits) sum += std::exp(static_cast<double>(x));
+  for (const int token : {0, 1, 4999}) {
+    EXPECT_NEAR(negative_log_likelihood(logits, token),
+                std::log(sum) - static_cast<double>(logits[static_cast<size_t>(token)]), 1e-6);
+  }
+}
+
 TEST(NegativeLogLikelihood, DoesNotOverflow) {
   const std::vector<float> logits{1e30f, 0.0f, -1e30f};
   EXPECT_EQ(negative_log_likelihood(logits, 0), 0.0);
@@ -111,6 +122,7 @@ TEST(MeasurePerplexity, FeedsLongWindowsInPieces) {
   EXPECT_EQ(result.tokens, 4999);
   EXPECT_EQ(source.fed, 4999);
   EXPECT_LE(source.largest_piece, 512u);
+  EXPECT_EQ(measure_perplexity(source, windows, {}, 3).loss, result.loss);
 }
 
 TEST(MeasurePerplexity, StopsWhenAsked) {

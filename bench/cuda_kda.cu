@@ -94,6 +94,8 @@ const char* plan_name(KdaCudaPlan plan) {
       return "two";
     case KdaCudaPlan::kSegments:
       return "segments";
+    case KdaCudaPlan::kPipe:
+      return "pipe";
   }
   return "";
 }
@@ -182,6 +184,7 @@ int main_(int argc, char** argv) {
   if (!once) std::printf("copy bandwidth %.2f TB/s\n", bandwidth * 1e-3);
   const std::vector<Shape> shapes = {{"T8192 H96", {8192}, 96},
                                      {"T8192 H64", {8192}, 64},
+                                     {"T8192 H40", {8192}, 40},
                                      {"T8192 H32", {8192}, 32},
                                      {"T8192 H16", {8192}, 16},
                                      {"T512 H32", {512}, 32},
@@ -198,9 +201,11 @@ int main_(int argc, char** argv) {
   for (const Shape& shape : shapes) {
     if (std::string(shape.name).find(filter) == std::string::npos) continue;
     for (const KdaGate gate : {KdaGate::kBounded, KdaGate::kSoftplus}) {
-      for (const KdaCudaPlan plan : {KdaCudaPlan::kFused, KdaCudaPlan::kTwoKernels, KdaCudaPlan::kSegments}) {
+      for (const KdaCudaPlan plan :
+           {KdaCudaPlan::kFused, KdaCudaPlan::kTwoKernels, KdaCudaPlan::kSegments, KdaCudaPlan::kPipe}) {
         // Segments where there is room for them.
         if (plan == KdaCudaPlan::kSegments && shape.heads * shape.lengths.size() > 16) continue;
+        if (plan == KdaCudaPlan::kPipe && shape.heads * shape.lengths.size() > 44) continue;
         time_shape(shape, gate, plan, once, bandwidth, stream);
       }
     }

@@ -196,9 +196,31 @@ __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.comm
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
+// Waits until the bulk stores are done: what they wrote is visible to this thread.
+__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // Before the copy engine or wgmma reads what this thread wrote to shared memory with ordinary stores.
 __device__ __forceinline__ void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Between accesses of this thread and those of the copy engine, in shared and device memory.
+__device__ __forceinline__ void async_proxy_fence_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Before the copy engine reads device memory that another thread wrote and this one has been told of.
+__device__ __forceinline__ void async_proxy_fence_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// Words in device memory by which blocks tell one another of what they have written or read.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
+  uint32_t x;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_release(uint32_t* p, uint32_t x) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+__device__ __forceinline__ void set_bits_release(uint32_t* p, uint32_t bits) {
+  asm volatile("red.release.gpu.global.or.b32 [%0], %1;" ::"l"(p), "r"(bits) : "memory");
 }
 
 // Programmatic dependent launch: wait for the kernel before this one; let the one after this one begin.

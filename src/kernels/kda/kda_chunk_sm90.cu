@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The chunked form on Hopper: workspace and launches. The kernels: kda_image_sm90.cuh, kda_scan_sm90.cuh,
-// kda_fused_sm90.cuh.
+// kda_fused_sm90.cuh, kda_pipe_sm90.cuh.
 #include <algorithm>
 #include <type_traits>
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/device.h"
 #include "kernels/kda/kda_fused_sm90.cuh"
-#include "kernels/kda/kda_scan_sm90.cuh"
+#include "kernels/kda/kda_pipe_sm90.cuh"
 
 namespace kilin {
 namespace cuda {
@@ -93,8 +93,19 @@ int segments(const KdaCudaParams& p) {
   return most < 4 ? 1 : static_cast<int>(most);
 }
 
+// Whether images and scan run side by side in one launch.
+bool piped(const KdaCudaParams& p) { return p.plan == KdaCudaPlan::kPipe; }
+
+// Blocks of kda_pipe that scan.
+int64_t pipe_scans(const KdaCudaParams& p) {
+  return static_cast<int64_t>(p.sequences) * p.value_heads * (p.value_dim / kPipeRows);
+}
+
+// Words of KdaPipe::ready of one head.
+int64_t ready_words_per_head(const KdaCudaParams& p) { return chunk_bound(p) / 32 + p.sequences + 1; }
+
 struct Workspace {
-  size_t offsets, starts, chunks, images, summaries, segment_starts, bytes;
+  size_t offsets, starts, chunks, images, summaries, segment_starts, order, drawn, progress, ready, bytes;
   explicit Workspace(const KdaCudaParams& p) {
     const bool table = p.cu_seqlens != nullptr;
     const int64_t pairs = static_cast<int64_t>(p.sequences) * p.value_heads, parts = segments(p);
@@ -102,29 +113,43 @@ struct Workspace {
     starts = offsets + (table ? aligned((p.sequences + 1) * 4) : 0);
     chunks = starts + (table ? aligned((p.sequences + 1) * 8) : 0);
     images = chunks + (table ? aligned(chunk_bound(p) * 8) : 0);
-    summaries = images + (fused(p) ? 0 : aligned(chunk_bound(p) * p.value_heads * image_bytes(p)));
+    const int64_t places = piped(p) ? int64_t{p.sequences} * kPipeRing : chunk_bound(p);
+    summaries = images + (fused(p) ? 0 : aligned(places * p.value_heads * image_bytes(p)));
     segment_starts = summaries + aligned(pairs * (parts - 1) * (p.value_dim + p.key_dim) * p.key_dim * 4);
-    bytes = segment_starts + (parts > 1 ? aligned(pairs * parts * p.value_dim * p.key_dim * 4) : 0);
+    order = segment_starts + (parts > 1 ? aligned(pairs * parts * p.value_dim * p.key_dim * 4) : 0);
+    drawn = order + (piped(p) && table ? aligned(chunk_bound(p) * 8) : 0);
+    progress = drawn + (piped(p) ? 256 : 0);
+    ready = progress + (piped(p) ? aligned(pairs * kPipeParts * 4) : 0);
+    bytes = ready + (piped(p) ? aligned(p.value_heads * ready_words_per_head(p) * 4) : 0);
   }
 };
 
+// kOverlapping: may begin before the kernel in front of it ends (grid_wait). kTogether: all blocks run at the
+// same time, or the launch fails.
+enum class LaunchKind : uint8_t { kPlain, kOverlapping, kTogether };
+
 template <class... Args>
 void launch(void (*kernel)(Args...), const char* name, int64_t blocks, int threads, int shared_bytes,
-            bool overlap, cudaStream_t stream, const std::type_identity_t<Args>&... args) {
+            LaunchKind kind, cudaStream_t stream, const std::type_identity_t<Args>&... args) {
   if (blocks == 0) return;
   check(blocks < (int64_t{1} << 31), "{}: {} blocks are too many for one launch", name, blocks);
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
              "{}: {} bytes of shared memory", name, shared_bytes);
   cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  if (kind == LaunchKind::kOverlapping) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
+  config.numAttrs = kind == LaunchKind::kPlain ? 0 : 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, args...), "launch of {}", name);
 }
 
@@ -137,8 +162,8 @@ int groups(const KdaCudaParams& p) {
 template <class Element, int K, int kRows, bool kSummary>
 void scan(const KdaArgs& args, int64_t blocks, cudaStream_t stream) {
   using Block = ScanBlock<K, kRows, kSummary>;
-  launch(kda_scan<Element, K, kRows, kSummary>, "kda_scan", blocks, Block::kThreads, Block::kBytes, true,
-         stream, args);
+  launch(kda_scan<Element, K, kRows, kSummary>, "kda_scan", blocks, Block::kThreads, Block::kBytes,
+         LaunchKind::kOverlapping, stream, args);
 }
 
 // From images to out and states.
@@ -148,8 +173,8 @@ void run_scans(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream)
   if (args.segments > 1) {
     scan<Element, K, kSegmentRows, true>(
         args, pairs * (args.segments - 1) * ((p.value_dim + K) / kSegmentRows), stream);
-    launch(kda_starts<K>, "kda_starts", pairs * (p.value_dim / kStartRows), kStartRows * 32, 0, true, stream,
-           args);
+    launch(kda_starts<K>, "kda_starts", pairs * (p.value_dim / kStartRows), kStartRows * 32, 0,
+           LaunchKind::kOverlapping, stream, args);
   }
   // As many rows of S per block as leave no multiprocessor without work.
   if (pairs * args.segments * (p.value_dim / 32) > cuda_device().multiprocessors) {
@@ -160,21 +185,50 @@ void run_scans(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream)
 }
 
 template <class Element, int K, class GateElement, KdaGate kGate>
+void run_pipe(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) {
+  const Workspace place(p);
+  uint8_t* base = args.images - place.images;
+  const int64_t scans = pipe_scans(p), images = chunk_bound(p) * p.value_heads;
+  check(scans < cuda_device().multiprocessors,
+        "kda_pipe: {} blocks scan, and this device has room for {} blocks at once", scans,
+        cuda_device().multiprocessors);
+  check(images < (int64_t{1} << 31), "kda_pipe: {} images are too many for one launch", images);
+  KdaPipe pipe{};
+  pipe.drawn = reinterpret_cast<uint32_t*>(base + place.drawn);
+  pipe.progress = reinterpret_cast<uint32_t*>(base + place.progress);
+  pipe.ready = reinterpret_cast<uint32_t*>(base + place.ready);
+  pipe.words = ready_words_per_head(p);
+  pipe.scans = static_cast<int>(scans);
+  pipe.images = static_cast<uint32_t>(images);
+  check_cuda(cudaMemsetAsync(pipe.drawn, 0, place.bytes - place.drawn, stream), "words of kda_pipe");
+  if (p.cu_seqlens != nullptr && images > 0) {
+    pipe.order = reinterpret_cast<const int64_t*>(base + place.order);
+    launch(kda_pipe_order, "kda_pipe_order", divide_up(chunk_bound(p), 128), 128, 0, LaunchKind::kPlain,
+           stream, args.layout, reinterpret_cast<int64_t*>(base + place.order));
+  }
+  const int64_t makers =
+      std::clamp<int64_t>(divide_up(images, PipeBlock<K>::kMakers), 1, cuda_device().multiprocessors - scans);
+  launch(kda_pipe<Element, K, GateElement, kGate>, "kda_pipe", scans + makers, PipeBlock<K>::kThreads,
+         PipeBlock<K>::kBytes, LaunchKind::kTogether, stream, args, pipe);
+}
+
+template <class Element, int K, class GateElement, KdaGate kGate>
 void run_gate(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) {
   const int64_t pairs = static_cast<int64_t>(p.sequences) * p.value_heads;
   const int64_t images = chunk_bound(p) * p.value_heads;
   if (fused(p)) {
     if (groups(p) == 1) {
       launch(kda_fused<Element, K, GateElement, kGate, 1>, "kda_fused", pairs * (p.value_dim / 64), 512,
-             ScanShared<K, 64, 12>::kBytes, false, stream, args);
+             ScanShared<K, 64, 12>::kBytes, LaunchKind::kPlain, stream, args);
     } else {
       launch(kda_fused<Element, K, GateElement, kGate, 2>, "kda_fused", pairs, 512,
-             ScanShared<K, 128, 12>::kBytes, false, stream, args);
+             ScanShared<K, 128, 12>::kBytes, LaunchKind::kPlain, stream, args);
     }
     return;
   }
+  if (piped(p)) return run_pipe<Element, K, GateElement, kGate>(p, args, stream);
   launch(kda_images<Element, K, GateElement, kGate>, "kda_images", divide_up(images, kImageWarps),
-         32 * kImageWarps, kImageWarps * KdaImage<K>::kPlace, false, stream, args, images);
+         32 * kImageWarps, kImageWarps * KdaImage<K>::kPlace, LaunchKind::kPlain, stream, args, images);
   run_scans<Element, K>(p, args, stream);
 }
 

@@ -17,7 +17,7 @@
 
 namespace kilin {
 
-enum class KdaCudaPlan : uint8_t { kAuto, kFused, kTwoKernels, kSegments };
+enum class KdaCudaPlan : uint8_t { kAuto, kFused, kTwoKernels, kSegments, kPipe };
 
 struct KdaCudaParams {
   int heads = 0;        // H
@@ -58,7 +58,9 @@ struct KdaCudaParams {
 
   // How: both kernels in one block per sequence and head (nothing goes through memory between them); or one
   // kernel for all chunks in parallel and one for the scan; or the latter with each sequence cut into
-  // segments, which are scanned side by side (docs/math/kda.md). kAuto takes what was measured to be faster.
+  // segments, which are scanned side by side (docs/math/kda.md); or one cooperative launch with blocks for
+  // chunks and blocks for the scan, side by side, which needs fewer than one block of 64 rows of the states
+  // per multiprocessor. kAuto takes what was measured to be faster.
   KdaCudaPlan plan = KdaCudaPlan::kAuto;
 };
 

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/gpu_test.h"
 #include "kernels/kda/kda_recurrent_cuda.h"
 #include "kernels/kda/kda_reference.h"
@@ -264,7 +265,13 @@ double error(const std::vector<double>& expected, const float* found) {
   return size > 0.0 ? std::sqrt(difference / size) : std::sqrt(difference);
 }
 
-constexpr KdaCudaPlan kPlans[] = {KdaCudaPlan::kFused, KdaCudaPlan::kTwoKernels, KdaCudaPlan::kSegments};
+// All plans; not kPipe where it needs more blocks at once than the device has room for.
+std::vector<KdaCudaPlan> plans(const Case& c) {
+  std::vector<KdaCudaPlan> all = {KdaCudaPlan::kFused, KdaCudaPlan::kTwoKernels, KdaCudaPlan::kSegments};
+  const int scans = static_cast<int>(c.lengths.size()) * c.value_heads * (c.value_dim / 64);
+  if (scans < cuda_device().multiprocessors) all.push_back(KdaCudaPlan::kPipe);
+  return all;
+}
 
 void expect_agreement(const Problem& problem, const char* name, KdaCudaPlan plan) {
   SCOPED_TRACE(name);
@@ -285,6 +292,7 @@ void expect_agreement(const Problem& problem, const char* name, KdaCudaPlan plan
   std::printf("%-28s %s out %.2e  state %.2e  chunk states %.2e\n", name,
               plan == KdaCudaPlan::kFused      ? "fused"
               : plan == KdaCudaPlan::kSegments ? "segm "
+              : plan == KdaCudaPlan::kPipe     ? "pipe "
                                                : "two  ",
               out_error, state_error, chunk_error);
   EXPECT_LT(out_error, c.tolerance);
@@ -301,7 +309,7 @@ void expect_agreement(const Problem& problem, const char* name, KdaCudaPlan plan
 
 void expect_agreement(const Case& c, const char* name, int seed = 1) {
   const Problem problem(c, seed);
-  for (const KdaCudaPlan plan : kPlans) expect_agreement(problem, name, plan);
+  for (const KdaCudaPlan plan : plans(c)) expect_agreement(problem, name, plan);
 }
 
 class KdaCuda : public GpuTest {};
@@ -392,7 +400,7 @@ TEST_F(KdaCuda, LongDecays) {
 
 TEST_F(KdaCuda, SameBitsInEveryRun) {
   const Problem problem({.lengths = {500, 63, 200}, .heads = 8, .value_heads = 8, .steep = 0.02f});
-  for (const KdaCudaPlan plan : kPlans) {
+  for (const KdaCudaPlan plan : plans(problem.settings)) {
     std::vector<uint8_t> first, first_pool;
     for (int i = 0; i < 100; ++i) {
       Device device(problem, plan);
@@ -406,6 +414,56 @@ TEST_F(KdaCuda, SameBitsInEveryRun) {
       ASSERT_EQ(pool, first_pool) << "run " << i;
     }
   }
+}
+
+TEST_F(KdaCuda, PipeHasTheBitsOfTwoKernels) {
+  // Sequences longer than the ring of images (32 chunks), and some that are not.
+  for (const bool small : {false, true}) {
+    Case c{.lengths = {1300, 0, 547, 1, 2048}, .heads = 4, .value_heads = 8, .steep = 0.02f};
+    if (small) c.key_dim = c.value_dim = 64;
+    const Problem problem(c);
+    Device two(problem, KdaCudaPlan::kTwoKernels), pipe(problem, KdaCudaPlan::kPipe);
+    two.run();
+    pipe.run();
+    EXPECT_EQ(pipe.out.host(), two.out.host());
+    EXPECT_EQ(pipe.pool.host(), two.pool.host());
+    EXPECT_EQ(pipe.chunk_states.host(), two.chunk_states.host());
+  }
+}
+
+TEST_F(KdaCuda, PipeInAGraph) {
+  const Problem problem({.lengths = {700, 700}, .heads = 6, .value_heads = 6, .varlen = false});
+  Device device(problem, KdaCudaPlan::kPipe);
+  device.params.final.data = nullptr;  // every replay begins with the same states
+  device.run();
+  const std::vector<uint8_t> expected = device.out.host();
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  check_cuda(cudaStreamCreate(&stream), "cudaStreamCreate");
+  check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
+  kda_chunk_cuda(device.params, device.workspace.data(), device.workspace.bytes(), stream);
+  check_cuda(cudaStreamEndCapture(stream, &graph), "capture");
+  check_cuda(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
+  for (int i = 0; i < 5; ++i) {
+    check_cuda(cudaMemsetAsync(device.out.data(), 0xFF, device.out.bytes(), stream), "cudaMemsetAsync");
+    check_cuda(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
+    check_cuda(cudaStreamSynchronize(stream), "kda_chunk_cuda in a graph");
+    EXPECT_EQ(device.out.host(), expected) << "replay " << i;
+  }
+  check_cuda(cudaGraphExecDestroy(executable), "graph");
+  check_cuda(cudaGraphDestroy(graph), "graph");
+  check_cuda(cudaStreamDestroy(stream), "stream");
+}
+
+TEST_F(KdaCuda, PipeThatDoesNotFitIsRefused) {
+  const Problem problem({.lengths = {1}, .heads = 1, .value_heads = 1});
+  Device device(problem, KdaCudaPlan::kPipe);
+  device.params.sequences = cuda_device().multiprocessors;
+  device.params.tokens = device.params.sequences;
+  device.params.cu_seqlens = nullptr;
+  GpuArray<uint8_t> workspace(kda_chunk_cuda_workspace(device.params));
+  EXPECT_THROW(kda_chunk_cuda(device.params, workspace.data(), workspace.bytes(), nullptr), Error);
 }
 
 TEST_F(KdaCuda, SequenceAloneAndSplit) {

@@ -30,9 +30,9 @@ struct ScanBlock {
   static_assert(kStaged % 16 == 0 && kBytes * kPerMultiprocessor <= 232448);
 };
 
-template <class Element, int K, int kRows, bool kSummary>
+// Block (ScanBlock here): says where the stages and this warp's place for out are.
+template <class Element, int K, class Block, bool kSummary>
 struct ScanWarp {
-  using Block = ScanBlock<K, kRows, kSummary>;
   using Shared = typename Block::Stages;
   using Image = KdaImage<K>;
   static constexpr int kSteps = K / 16;
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(ScanBlock<K, kRows, kSummary>::kThreads,
   }
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be the same in the whole warp
   if (warp < Block::kWarps) {
-    ScanWarp<Element, K, kRows, kSummary>(args, work, warp, base).run(base);
+    ScanWarp<Element, K, Block, kSummary>(args, work, warp, base).run(base);
     return;
   }
   const uint8_t* images = args.images + (work.sequence.chunk * args.value_heads + work.head) * Image::kBytes;

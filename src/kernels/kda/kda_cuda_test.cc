@@ -357,6 +357,12 @@ TEST_F(KdaCuda, SmallGates) {
   expect_agreement({.lengths = {200}, .gate_kind = KdaGate::kNone}, "no gate");
   expect_agreement({.lengths = {200}, .gate_offset = -8.0f}, "slow decay");
   expect_agreement({.lengths = {200}, .gate_offset = 6.0f}, "fast decay");
+  // Chunks that decay by 2^-100 to 2^-250: the ranges of kda_image_sm90.cuh.
+  expect_agreement({.lengths = {200}, .gate_offset = 3.0f}, "decay around the first limit");
+  expect_agreement({.lengths = {200}, .gate_offset = 5.0f}, "decay around the second limit");
+  expect_agreement(
+      {.lengths = {200}, .type = CudaType::kF16, .gate_type = CudaType::kF16, .gate_offset = 4.0f},
+      "decay between the limits, fp16");
   expect_agreement({.lengths = {200}, .gate_offset = -4.0f, .steep = 0.3f}, "steep 0.3");
   expect_agreement({.lengths = {200}, .gate_offset = -4.0f, .steep = 0.05f}, "steep 0.05");
   expect_agreement({.lengths = {200}, .gate_kind = KdaGate::kNone, .steep = 0.9f}, "no gate, steep 0.9");

@@ -9,9 +9,11 @@
 //
 // Decays are split so that no operand overflows and nothing that matters underflows, for any gate. A decay
 // below 2^-24 per token counts as 2^-24 (the resolution of fp32). When a chunk decays by no more than 2^-104,
-// rows are taken times 2^G and columns times 2^-G. Otherwise columns are taken relative to the fifth token of
-// their half (8 tokens) and the rows relative to the one of the columns they meet: exponents are at most 96
-// where i >= j, since one token changes G by no more than 24. Operands are bf16, which has the range.
+// rows are taken times 2^G and columns times 2^-G (gentle); by no more than 2^-216, times 2^(G + 108) and
+// 2^-(G + 108), which uses both halves of the range of exponents (shifted). Otherwise columns are taken
+// relative to the fifth token of their half (8 tokens) and the rows relative to the one of the columns they
+// meet: exponents are at most 96 where i >= j, since one token changes G by no more than 24 (steep). Operands
+// are bf16, which has the range. What overflows above the diagonal is not looked at.
 #pragma once
 #include "kernels/kda/kda_sm90.cuh"
 
@@ -20,17 +22,19 @@ namespace kilin::cuda {
 // log2 of the decay of one token, at least -24. bias and rate: see ImageWarp.
 template <KdaGate kGate>
 __device__ __forceinline__ float log2_decay(float x, float bias, float factor, float rate) {
-  constexpr float kLog2e = 1.44269504f;
   float y;
   if constexpr (kGate == KdaGate::kSoftplus) {
-    // -e^A log2(1 + e^(x + b)) = rate (max(z, 0) + log2(1 + 2^-|z|)), z = (x + b) log2 e. Small terms by
-    // their series: what 1 + 2^-|z| loses would add up over a long, slow decay.
+    // -e^A log2(1 + e^(x + b)) = rate (max(z, 0) + log2(1 + 2^-|z|)), z = (x + b) log2 e. The logarithm of 1
+    // + e as e times a polynomial (relative error 9e-6 on [0, 1]): what 1 + e loses would add up over a long,
+    // slow decay.
     const float z = fmaf(x, factor, bias);
     const float e = fast_exp2(-fabsf(z));
-    const float series =
-        e * fmaf(-e, fmaf(-e, fmaf(e, -0.25f * kLog2e, 0.33333333f * kLog2e), 0.5f * kLog2e), kLog2e);
-    const float tail = e < 0.0625f ? series : fast_log2(1.0f + e);
-    y = rate * (fmaxf(z, 0.0f) + tail);
+    float tail = fmaf(e, -0.0344359092f, 0.1460329f);
+    tail = fmaf(e, tail, -0.303036213f);
+    tail = fmaf(e, tail, 0.469174087f);
+    tail = fmaf(e, tail, -0.720426142f);
+    tail = fmaf(e, tail, 1.44268286f);
+    y = rate * fmaf(e, tail, fmaxf(z, 0.0f));
   } else if constexpr (kGate == KdaGate::kBounded) {
     // lower_bound log2 e / (1 + e^(-e^A (x + b)))
     y = rate * fast_reciprocal(1.0f + fast_exp2(fmaf(x, factor, bias)));
@@ -41,23 +45,23 @@ __device__ __forceinline__ float log2_decay(float x, float bias, float factor, f
 }
 
 // Asks the L2 for the rows of the chunk at `token` of a value head, so that their copies will be quick: q, k,
-// gate and, with value_dim > 0, v from the head's first column.
+// gate and, with values > 0, so many columns of v from v_column on.
 template <class Element, int K, class GateElement>
-__device__ __forceinline__ void prefetch_rows(const KdaArgs& args, int head, int64_t token, int64_t end,
-                                              const Element* v, int value_dim) {
+__device__ __forceinline__ void prefetch_rows(const KdaArgs& args, int head, int kv_head, int token, int end,
+                                              int v_column, int values) {
   constexpr int kLines = K / 64;  // of 128 bytes per row
   const int lane = threadIdx.x & 31;
-  const int kv_head = head / (args.value_heads / args.heads);
-  const int64_t row = token + (lane & 15);
+  const int row = token + (lane & 15);
   if (row >= end) return;
   const auto ask = [](const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); };
   for (int i = lane >> 4; i < kLines; i += 2) {
-    ask(static_cast<const Element*>(args.k) + row * args.k_stride + kv_head * K + i * 64);
-    ask(static_cast<const Element*>(args.q) + row * args.q_stride + kv_head * K + i * 64);
+    ask(row_address(static_cast<const Element*>(args.k), row, args.k_stride, kv_head * K + i * 64));
+    ask(row_address(static_cast<const Element*>(args.q), row, args.q_stride, kv_head * K + i * 64));
     if constexpr (sizeof(GateElement) == 2)
-      ask(static_cast<const GateElement*>(args.gate) + row * args.gate_stride + head * K + i * 64);
+      ask(row_address(static_cast<const GateElement*>(args.gate), row, args.gate_stride, head * K + i * 64));
   }
-  for (int i = lane >> 4; i < value_dim / 64; i += 2) ask(v + row * args.v_stride + i * 64);
+  for (int i = lane >> 4; i < values / 64; i += 2)
+    ask(row_address(static_cast<const Element*>(args.v), row, args.v_stride, v_column + i * 64));
 }
 
 // kTogether: steps of 16 channels side by side, for the latencies.
@@ -69,18 +73,23 @@ struct ImageWarp {
 
   const KdaArgs& args;
   int head;         // value head
+  int kv_head;      // of q and k
   uint32_t place;   // of the image, an address in shared memory
   uint8_t* shared;  // the same as a pointer
-  int64_t first;    // token
+  int first;        // token
   int length;       // 1 to 16
   int lane, g, t;
   float log_speed;     // a_log
   float factor, rate;  // of log2_decay
   uint32_t raw_beta;   // of token lane % 16
-  float beta;
 
   __device__ __forceinline__ ImageWarp(const KdaArgs& arguments, int value_head)
-      : args(arguments), head(value_head), lane(threadIdx.x & 31), g(lane >> 2), t(lane & 3) {
+      : args(arguments),
+        head(value_head),
+        kv_head(__shfl_sync(~0u, value_head / (arguments.value_heads / arguments.heads), 0)),  // uniform
+        lane(threadIdx.x & 31),
+        g(lane >> 2),
+        t(lane & 3) {
     log_speed = args.a_log != nullptr && kGate != KdaGate::kNone ? args.a_log[head] : 0.0f;
   }
 
@@ -88,13 +97,14 @@ struct ImageWarp {
   template <bool kAll>
   __device__ __forceinline__ void copy_rows() const {
     constexpr int kPieces = K / 8, kAtOnce = 32 / kPieces;
-    const int kv_head = head / (args.value_heads / args.heads);
     const int piece = lane % kPieces, row = lane / kPieces;
-    const int64_t token = first + row;
-    const Element* k = static_cast<const Element*>(args.k) + token * args.k_stride + kv_head * K + piece * 8;
-    const Element* q = static_cast<const Element*>(args.q) + token * args.q_stride + kv_head * K + piece * 8;
-    const GateElement* gate =
-        static_cast<const GateElement*>(args.gate) + token * args.gate_stride + head * K + piece * 8;
+    const int token = first + row;
+    const Element* k =
+        row_address(static_cast<const Element*>(args.k), token, args.k_stride, kv_head * K + piece * 8);
+    const Element* q =
+        row_address(static_cast<const Element*>(args.q), token, args.q_stride, kv_head * K + piece * 8);
+    const GateElement* gate = row_address(static_cast<const GateElement*>(args.gate), token, args.gate_stride,
+                                          head * K + piece * 8);
     // Row i kAtOnce + row has the row of its swizzle from two disjoint sets of bits.
     const uint32_t keys = place + Image::kKeys + swizzled<16>(row, piece);
     const uint32_t rows = place + Image::kRows + swizzled<32>(row, piece);
@@ -102,16 +112,16 @@ struct ImageWarp {
     for (int i = 0; i < kChunk / kAtOnce; ++i) {
       const bool valid = kAll || i * kAtOnce + row < length;
       const uint32_t other = ((i * kAtOnce) & 7) << 4, down = i * kAtOnce * 128;
-      const int64_t step = valid ? i * kAtOnce : 0;
+      const int step = valid ? i * kAtOnce : 0;
       if constexpr (sizeof(GateElement) == 2)
-        copy_16_async((rows ^ other) + down, gate + step * args.gate_stride, valid);
-      copy_16_async((rows ^ other) + down + 16 * 128, q + step * args.q_stride, valid);
-      copy_16_async((keys ^ other) + down, k + step * args.k_stride, valid);
+        copy_16_async((rows ^ other) + down, row_address(gate, step, args.gate_stride), valid);
+      copy_16_async((rows ^ other) + down + 16 * 128, row_address(q, step, args.q_stride), valid);
+      copy_16_async((keys ^ other) + down, row_address(k, step, args.k_stride), valid);
     }
   }
 
   // Begins the copies of raw q, k, gate and bias (cp.async, not committed), and loads beta.
-  __device__ __forceinline__ void load(uint8_t* to, int64_t token, int tokens) {
+  __device__ __forceinline__ void load(uint8_t* to, int token, int tokens) {
     shared = to;
     place = shared_address(to);
     first = token;
@@ -122,21 +132,27 @@ struct ImageWarp {
       copy_rows<false>();
     }
     if (lane < K / 4) {
-      const float* bias = args.dt_bias != nullptr ? args.dt_bias + head * K + lane * 4 : nullptr;
+      int channel = head * K + lane * 4;
+      asm volatile("" : "+r"(channel));  // or the pointer would be kept, and spilled, from image to image
+      const float* bias = args.dt_bias != nullptr ? args.dt_bias + channel : nullptr;
       copy_16_async(place + Image::kDecay + lane * 16, bias, bias != nullptr);
     }
     const int r = lane & 15;
     raw_beta = 0;
-    if (r < length) raw_beta = load_bits(args.beta, args.beta_type, (first + r) * args.beta_stride + head);
+    if (r < length)
+      raw_beta =
+          load_bits(args.beta, args.beta_type, static_cast<int64_t>(first + r) * args.beta_stride + head);
   }
 
-  // Address for ldmatrix and stmatrix of the block of 16 rows and the columns 16 step ... of a swizzled
-  // matrix.
-  template <int kMatrixRows>
-  __device__ __forceinline__ uint32_t block(uint32_t matrix, int step) const {
-    const int piece = (2 * step) & 7;
-    return matrix + (step >> 2) * (kMatrixRows * 128) + (lane & 15) * 128 +
-           (((piece | (lane >> 4)) ^ (lane & 7)) << 4);
+  // Address for ldmatrix and stmatrix of the block of 16 rows and 16 columns of step `number` of the rows;
+  // those of q lie 16 * 128 bytes behind, those of the keys to_keys(number) bytes.
+  __device__ __forceinline__ uint32_t block(int number) const {
+    return ((place + (lane & 15) * 128 + (((lane >> 4) ^ (lane & 7)) << 4)) ^ ((number & 3) << 5)) +
+           (number >> 2) * (2 * kChunk * 128);
+  }
+  static constexpr uint32_t kToQ = kChunk * 128;
+  __device__ __forceinline__ static uint32_t to_keys(int number) {
+    return Image::kKeys - (number >> 2) * (kChunk * 128);
   }
   // Of a 16 x 16 matrix in cores.
   __device__ __forceinline__ uint32_t square(int matrix) const {
@@ -158,10 +174,10 @@ struct ImageWarp {
   }
 
   // log2 decays of tokens 2t, 2t + 1 (+ 8 half) and channel g (+ 8 n) of the step.
-  __device__ __forceinline__ void gates(int step, float (&x)[2][2][2]) const {
+  __device__ __forceinline__ void gates(int step, uint32_t at, float (&x)[2][2][2]) const {
     if constexpr (sizeof(GateElement) == 2) {
       uint32_t r[4];
-      ldmatrix_trans(r, block<32>(place + Image::kRows, step));
+      ldmatrix_trans(r, at);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 pair = unpack<GateElement>(r[i]);
@@ -169,8 +185,8 @@ struct ImageWarp {
         x[i >> 1][i & 1][1] = pair.y;
       }
     } else {
-      const float* rows =
-          static_cast<const float*>(args.gate) + first * args.gate_stride + head * K + 16 * step + g;
+      const float* rows = static_cast<const float*>(args.gate) +
+                          static_cast<int64_t>(first) * args.gate_stride + head * K + 16 * step + g;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int token = 2 * t + (i & 1) + 8 * ((i >> 1) & 1);
@@ -194,28 +210,31 @@ struct ImageWarp {
     }
   }
 
+  // Rows that sum over the tokens up to their own, as an A operand.
+  __device__ __forceinline__ void triangle(uint32_t (&ones)[4]) const {
+    ones[0] = pack<__nv_bfloat16>(2 * t <= g ? 1.0f : 0.0f, 2 * t + 1 <= g ? 1.0f : 0.0f);
+    ones[1] = pack<__nv_bfloat16>(1.0f, 1.0f);
+    ones[2] = 0;
+    ones[3] = ones[0];
+  }
+
   // sum[n] (accumulator layout, 16 tokens x 8 channels) = inclusive sum over tokens of x: a product with a
-  // triangle of ones, each float as two tf32 terms. Token 2t stands at k = t, token 2t + 1 at k = t + 4.
-  __device__ __forceinline__ void cumulative(const float (&x)[2][2][2], float (&sum)[2][4]) const {
-    const float even = 2 * t <= g ? 1.0f : 0.0f;
-    const float odd = 2 * t + 1 <= g ? 1.0f : 0.0f;
+  // triangle of ones, each float as two bf16 terms (together 17 bits).
+  __device__ __forceinline__ static void cumulative(const uint32_t (&ones)[4], const float (&x)[2][2][2],
+                                                    float (&sum)[2][4]) {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      float high[2][2], low[2][2];
+      uint32_t high[2], low[2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float value = x[n][i >> 1][i & 1];
-        high[i >> 1][i & 1] = __uint_as_float(__float_as_uint(value) & 0xFFFFE000u);
-        low[i >> 1][i & 1] = value - high[i >> 1][i & 1];
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t first = __float_as_uint(x[n][h][0]), second = __float_as_uint(x[n][h][1]);
+        high[h] = __byte_perm(first, second, 0x7632);
+        low[h] = pack<__nv_bfloat16>(x[n][h][0] - __uint_as_float(first & 0xFFFF0000u),
+                                     x[n][h][1] - __uint_as_float(second & 0xFFFF0000u));
       }
-      float rest[4] = {};
       sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0.0f;
-      mma_tf32(rest, even, 1.0f, odd, 1.0f, low[0][0], low[0][1]);
-      mma_tf32(sum[n], even, 1.0f, odd, 1.0f, high[0][0], high[0][1]);
-      mma_tf32(rest, 0.0f, even, 0.0f, odd, low[1][0], low[1][1]);
-      mma_tf32(sum[n], 0.0f, even, 0.0f, odd, high[1][0], high[1][1]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[n][i] += rest[i];
+      mma<__nv_bfloat16>(sum[n], ones, low[0], low[1]);
+      mma<__nv_bfloat16>(sum[n], ones, high[0], high[1]);
     }
   }
 
@@ -225,51 +244,62 @@ struct ImageWarp {
     uint32_t k[4], q[4], keys[4];
   };
 
-  // An A operand as floats, its rows times the norms.
-  __device__ __forceinline__ static void scaled(const uint32_t (&r)[4], const float (&norm)[2],
+  // Factors of the rows of this thread, g and g + 8.
+  struct Factors {
+    float k[2], q[2];
+  };
+
+  // An A operand as floats, its rows times factors.
+  __device__ __forceinline__ static void scaled(const uint32_t (&r)[4], const float (&factor)[2],
                                                 float (&x)[4][2]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 pair = unpack<Element>(r[i]);
-      x[i][0] = pair.x * norm[i & 1];
-      x[i][1] = pair.y * norm[i & 1];
+      x[i][0] = pair.x * factor[i & 1];
+      x[i][1] = pair.y * factor[i & 1];
     }
   }
 
+  template <bool kShifted>
   __device__ __forceinline__ void gentle(const float (&sum)[2][4], const uint32_t (&kr)[4],
-                                         const uint32_t (&qr)[4], const float (&k_norm)[2],
-                                         const float (&q_norm)[2], float (&decay)[4], Operands& o,
-                                         float (&l)[2][4], float (&p)[2][4]) const {
+                                         const uint32_t (&qr)[4], const Factors& factors, float (&decay)[4],
+                                         Operands& o, float (&l)[2][4], float (&p)[2][4]) const {
+    constexpr float kShift = 108.0f, kBack = 0x1p-108f;
     float k[4][2], q[4][2];
-    scaled(kr, k_norm, k);
-    scaled(qr, q_norm, q);
+    scaled(kr, factors.k, k);
+    scaled(qr, factors.q, q);
     uint32_t row_k[4], row_q[4], column[4];
-    float inverse[4][2];
+    float inverse[4][2], last[4];  // last: 2^G of this thread's later token, shifted
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float s0 = sum[i >> 1][2 * (i & 1)], s1 = sum[i >> 1][2 * (i & 1) + 1];
-      const float up0 = fast_exp2(s0), up1 = fast_exp2(s1);
-      inverse[i][0] = k[i][0] * fast_exp2(-s0);
-      inverse[i][1] = k[i][1] * fast_exp2(-s1);
-      row_k[i] = pack<__nv_bfloat16>(k[i][0] * up0, k[i][1] * up1);
-      row_q[i] = pack<__nv_bfloat16>(q[i][0] * up0, q[i][1] * up1);
+      float s[2], up[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float unshifted = sum[i >> 1][2 * (i & 1) + e];
+        s[e] = kShifted ? unshifted + kShift : unshifted;
+        up[e] = fast_exp2(s[e]);
+        inverse[i][e] = k[i][e] * fast_exp2(-s[e]);
+        if ((i & 1) != 0) {
+          last[i - 1 + e] = up[e];
+          decay[i - 1 + e] = kShifted ? fast_exp2(unshifted) : up[e];
+        }
+      }
+      row_k[i] = pack<__nv_bfloat16>(k[i][0] * up[0], k[i][1] * up[1]);
+      row_q[i] = pack<__nv_bfloat16>(q[i][0] * up[0], q[i][1] * up[1]);
       column[i] = pack<__nv_bfloat16>(inverse[i][0], inverse[i][1]);
       if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-        o.k[i] = row_k[i];
-        o.q[i] = row_q[i];
+        o.k[i] = kShifted ? multiply_pair(row_k[i], pack<__nv_bfloat16>(kBack, kBack)) : row_k[i];
+        o.q[i] = kShifted ? multiply_pair(row_q[i], pack<__nv_bfloat16>(kBack, kBack)) : row_q[i];
       } else {
+        const float up0 = kShifted ? up[0] * kBack : up[0], up1 = kShifted ? up[1] * kBack : up[1];
         o.k[i] = pack<Element>(k[i][0] * up0, k[i][1] * up1);
         o.q[i] = pack<Element>(q[i][0] * up0, q[i][1] * up1);
-      }
-      if ((i & 1) != 0) {
-        decay[i - 1] = up0;
-        decay[i] = up1;
       }
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const float end0 = __shfl_sync(~0u, decay[2 * n], 28 + t),
-                  end1 = __shfl_sync(~0u, decay[2 * n + 1], 28 + t);
+      const float end0 = __shfl_sync(~0u, last[2 * n], 28 + t),
+                  end1 = __shfl_sync(~0u, last[2 * n + 1], 28 + t);
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         o.keys[2 * n + h] = pack<Element>(inverse[2 * n + h][0] * end0, inverse[2 * n + h][1] * end1);
@@ -282,12 +312,11 @@ struct ImageWarp {
   }
 
   __device__ __forceinline__ void steep(const float (&sum)[2][4], const uint32_t (&kr)[4],
-                                        const uint32_t (&qr)[4], const float (&k_norm)[2],
-                                        const float (&q_norm)[2], float (&decay)[4], Operands& o,
-                                        float (&l)[2][4], float (&p)[2][4]) const {
+                                        const uint32_t (&qr)[4], const Factors& factors, float (&decay)[4],
+                                        Operands& o, float (&l)[2][4], float (&p)[2][4]) const {
     float k[4][2], q[4][2];
-    scaled(kr, k_norm, k);
-    scaled(qr, q_norm, q);
+    scaled(kr, factors.k, k);
+    scaled(qr, factors.q, q);
     uint32_t first_k[4], first_q[4];    // rows for the columns 0 to 7, relative to token 4
     uint32_t second_k[4], second_q[4];  // for the columns 8 to 15, relative to token 12
     uint32_t column[4];
@@ -330,9 +359,30 @@ struct ImageWarp {
     mma<__nv_bfloat16>(p[1], second_q, column[1], column[3]);
   }
 
+  enum class Decay { kGentle, kShifted, kSteep };
+  template <Decay kDecay>
+  __device__ __forceinline__ void step(int number, uint32_t at, const float (&sum)[2][4],
+                                       const uint32_t (&kr)[4], const uint32_t (&qr)[4],
+                                       const Factors& factors, float (&l)[2][4], float (&p)[2][4]) const {
+    Operands o;
+    float decay[4];
+    if constexpr (kDecay == Decay::kSteep) {
+      steep(sum, kr, qr, factors, decay, o, l, p);
+    } else {
+      gentle<kDecay == Decay::kShifted>(sum, kr, qr, factors, decay, o, l, p);
+    }
+    stmatrix(at, o.k);
+    stmatrix(at + kToQ, o.q);
+    stmatrix(at + to_keys(number), o.keys);
+    if (g == 7) {
+      reinterpret_cast<float4*>(shared + Image::kDecay)[4 * number + t] = {decay[0], decay[1], decay[2],
+                                                                           decay[3]};
+    }
+  }
+
   // A = (I + L)^-1 by forward substitution, a column per lane (the upper lanes do it again), in the places of
-  // P and A; leaves A diag(beta) as an A operand.
-  __device__ __forceinline__ void invert(const float (&l)[2][4], uint32_t (&a)[4]) const {
+  // P and A; leaves A diag(beta) as an A operand. beta: of token lane % 16.
+  __device__ __forceinline__ void invert(const float (&l)[2][4], float beta, uint32_t (&a)[4]) const {
     float* scratch = reinterpret_cast<float*>(shared + Image::kP);  // [16][16]
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -377,60 +427,58 @@ struct ImageWarp {
     const float speed = __expf(log_speed);
     factor = kGate == KdaGate::kBounded ? -speed * kLog2e : kLog2e;
     rate = kGate == KdaGate::kBounded ? args.lower_bound * kLog2e : -speed;
-    beta = float_of_bits(raw_beta, args.beta_type);
+    float beta = float_of_bits(raw_beta, args.beta_type);
     if (args.beta_is_logit && (lane & 15) < length) beta = 1.0f / (1.0f + __expf(-beta));
     beta *= args.beta_scale;
-    const uint32_t rows = place + Image::kRows, keys = place + Image::kKeys;
-    float k_norm[2] = {1.0f, 1.0f}, q_norm[2] = {1.0f, 1.0f};
+    Factors factors{{1.0f, 1.0f}, {1.0f, 1.0f}};
     if (args.l2norm) {
       float squares[4][4] = {};
 #pragma unroll 4
-      for (int step = 0; step < kSteps; ++step) {
+      for (int number = 0; number < kSteps; ++number) {
         uint32_t kr[4], qr[4];
-        ldmatrix(kr, block<16>(keys, step));
-        ldmatrix(qr, block<32>(rows + 16 * 128, step));
+        ldmatrix(kr, block(number) + to_keys(number));
+        ldmatrix(qr, block(number) + kToQ);
         add_squares(squares[0], squares[1], kr);
         add_squares(squares[2], squares[3], qr);
       }
-      inverse_norms(squares[0], squares[1], k_norm);
-      inverse_norms(squares[2], squares[3], q_norm);
+      inverse_norms(squares[0], squares[1], factors.k);
+      inverse_norms(squares[2], squares[3], factors.q);
     }
-    q_norm[0] *= args.scale;
-    q_norm[1] *= args.scale;
+    factors.q[0] *= args.scale;
+    factors.q[1] *= args.scale;
+    uint32_t ones[4];
+    triangle(ones);
     float l[2][4] = {}, p[2][4] = {};
 #pragma unroll 1
     for (int step0 = 0; step0 < kSteps; step0 += kTogether) {
-      float x[kTogether][2][2][2], sum[kTogether][2][4], decay[kTogether][4];
+      static_assert(kTogether <= 2);
+      const uint32_t at = block(step0);  // of step0 + i: at ^ 32 i
+      float x[kTogether][2][2][2], sum[kTogether][2][4];
       uint32_t kr[kTogether][4], qr[kTogether][4];
-      Operands o[kTogether];
       float least = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) gates(step0 + i, x[i]);
+      for (int i = 0; i < kTogether; ++i) gates(step0 + i, at ^ (32 * i), x[i]);
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        ldmatrix(kr[i], block<16>(keys, step0 + i));
-        ldmatrix(qr[i], block<32>(rows + 16 * 128, step0 + i));
-        cumulative(x[i], sum[i]);
+        ldmatrix(kr[i], (at ^ (32 * i)) + to_keys(step0));
+        ldmatrix(qr[i], (at ^ (32 * i)) + kToQ);
+        cumulative(ones, x[i], sum[i]);
         least = fminf(least, fminf(fminf(sum[i][0][2], sum[i][0][3]), fminf(sum[i][1][2], sum[i][1][3])));
       }
-      if (__any_sync(~0u, least < -104.0f)) {
+      const bool strong = __any_sync(~0u, least < -104.0f), strongest = __any_sync(~0u, least < -216.0f);
+      __syncwarp();  // all lanes have read gate, bias, k and q of these steps
+      if (!strong) {
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) steep(sum[i], kr[i], qr[i], k_norm, q_norm, decay[i], o[i], l, p);
+        for (int i = 0; i < kTogether; ++i)
+          step<Decay::kGentle>(step0 + i, at ^ (32 * i), sum[i], kr[i], qr[i], factors, l, p);
+      } else if (!strongest) {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i)
+          step<Decay::kShifted>(step0 + i, at ^ (32 * i), sum[i], kr[i], qr[i], factors, l, p);
       } else {
 #pragma unroll
         for (int i = 0; i < kTogether; ++i)
-          gentle(sum[i], kr[i], qr[i], k_norm, q_norm, decay[i], o[i], l, p);
-      }
-      __syncwarp();  // all lanes have read gate, bias, k and q of these steps
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        stmatrix(block<32>(rows, step0 + i), o[i].k);
-        stmatrix(block<32>(rows + 16 * 128, step0 + i), o[i].q);
-        stmatrix(block<16>(keys, step0 + i), o[i].keys);
-        if (g == 7) {
-          reinterpret_cast<float4*>(shared + Image::kDecay)[4 * (step0 + i) + t] = {decay[i][0], decay[i][1],
-                                                                                    decay[i][2], decay[i][3]};
-        }
+          step<Decay::kSteep>(step0 + i, at ^ (32 * i), sum[i], kr[i], qr[i], factors, l, p);
       }
     }
     // The triangles; beta of row i on L.
@@ -448,24 +496,29 @@ struct ImageWarp {
       }
     }
     uint32_t a[4], minus_a[4];
-    invert(l, a);
+    invert(l, beta, a);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) minus_a[i] = a[i] ^ 0x80008000u;
     const uint32_t packed_p[4] = {pack<Element>(p[0][0], p[0][1]), pack<Element>(p[0][2], p[0][3]),
                                   pack<Element>(p[1][0], p[1][1]), pack<Element>(p[1][2], p[1][3])};
     stmatrix(square(Image::kP), packed_p);
     stmatrix(square(Image::kA), a);
+    // Minus w in the place of k 2^G, four steps at once for the latencies.
 #pragma unroll
-    for (int i = 0; i < 4; ++i) minus_a[i] = a[i] ^ 0x80008000u;
-#pragma unroll 4
-    for (int step = 0; step < kSteps; ++step) {
-      uint32_t b[4];
-      float w[2][4] = {};
-      ldmatrix_trans(b, block<32>(rows, step));
-      mma<Element>(w[0], minus_a, b[0], b[1]);
-      mma<Element>(w[1], minus_a, b[2], b[3]);
+    for (int step0 = 0; step0 < kSteps; step0 += 4) {
+      uint32_t b[4][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ldmatrix_trans(b[i], block(step0 + i));
       __syncwarp();
-      const uint32_t packed[4] = {pack<Element>(w[0][0], w[0][1]), pack<Element>(w[0][2], w[0][3]),
-                                  pack<Element>(w[1][0], w[1][1]), pack<Element>(w[1][2], w[1][3])};
-      stmatrix(block<32>(rows, step), packed);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float w[2][4] = {};
+        mma<Element>(w[0], minus_a, b[i][0], b[i][1]);
+        mma<Element>(w[1], minus_a, b[i][2], b[i][3]);
+        const uint32_t packed[4] = {pack<Element>(w[0][0], w[0][1]), pack<Element>(w[0][2], w[0][3]),
+                                    pack<Element>(w[1][0], w[1][1]), pack<Element>(w[1][2], w[1][3])};
+        stmatrix(block(step0 + i), packed);
+      }
     }
   }
 };
@@ -496,7 +549,7 @@ __global__ void __launch_bounds__(kImageWarps * 32, 3)
     length = static_cast<int>(entry >> 56) + 1;
   }
   ImageWarp<Element, K, GateElement, kGate, 1> image(args, static_cast<int>(number % args.value_heads));
-  image.load(shared + warp * Image::kPlace, first, length);
+  image.load(shared + warp * Image::kPlace, static_cast<int>(first), length);
   copy_commit();
   copy_wait<0>();
   __syncwarp();

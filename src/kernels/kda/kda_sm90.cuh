@@ -93,6 +93,14 @@ __device__ __forceinline__ uint32_t swizzled(int row, int piece) {
   return (piece >> 3) * (kRows * 128) + row * 128 + (((piece & 7) ^ (row & 7)) << 4);
 }
 
+// Element [row][column] of a matrix whose rows lie `stride` elements apart. Rows and strides are in 32 bits
+// (validate() in kda_cuda.cc), so that this is one multiplication.
+template <class T>
+__device__ __forceinline__ const T* row_address(const T* matrix, int row, int64_t stride,
+                                                int column = 0) {
+  return matrix + static_cast<uint64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(stride) + column;
+}
+
 // A value in two steps, so that what comes between does not wait for the load.
 __device__ __forceinline__ uint32_t load_bits(const void* p, CudaType type, int64_t i) {
   if (type == CudaType::kF32) return static_cast<const uint32_t*>(p)[i];

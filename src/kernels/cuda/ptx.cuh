@@ -102,6 +102,12 @@ __device__ __forceinline__ float4 load_shared_floats(uint32_t address) {
   return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
 }
 
+__device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
 // D (16 x 8) += A (16 x 16) B (16 x 8), one warp. A as in wgmma.cuh; B: b0 = B[2t, 2t + 1][g], b1 = B[2t + 8,
 // + 9][g]; D: d[0, 1] = D[g][2t, 2t + 1], d[2, 3] = D[g + 8][...]. An A operand of X is a B operand of X^T:
 // registers 0 and 2 for its rows 0 to 7, 1 and 3 for 8 to 15.

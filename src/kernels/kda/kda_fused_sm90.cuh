@@ -27,6 +27,8 @@ __device__ __forceinline__ void scan_chunk(StateRows<Element, K>& state, OutRows
 #pragma unroll
   for (int i = 0; i < kSteps; ++i)
     state.decay(i, load_shared_floats(place + Image::kDecay + state.t * 16 + 64 * i));
+  const float2 factor[2] = {load_shared_pair(place + Image::kFactor + state.t * 8),
+                            load_shared_pair(place + Image::kFactor + state.t * 8 + 32)};
   float x[16];  // [0 to 7] S (minus w)^T, [8 to 15] S q^T
   float y[8];   // v^T A^T, then R P^T
   const uint64_t rows = swizzled_matrix(place + Image::kRows, 16, 1024);
@@ -39,7 +41,10 @@ __device__ __forceinline__ void scan_chunk(StateRows<Element, K>& state, OutRows
   wgmma_wait<0>();
   uint32_t written[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) written[i] = pack<Element>(x[2 * i] + y[2 * i], x[2 * i + 1] + y[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) {
+    written[i] = pack<Element>(fmaf(y[2 * i], factor[i >> 1].x, x[2 * i]),
+                               fmaf(y[2 * i + 1], factor[i >> 1].y, x[2 * i + 1]));
+  }
   wgmma_fence();
   wgmma<Element, 1>(state.s, written, swizzled_matrix(place + Image::kKeys, 2048, 1024), true);
   wgmma<Element, 0>(y, written, plain_matrix(place + Image::kP, 128, 256), false);

@@ -14,6 +14,10 @@
 // relative to the fifth token of their half (8 tokens) and the rows relative to the one of the columns they
 // meet: exponents are at most 96 where i >= j, since one token changes G by no more than 24 (steep). Operands
 // are bf16, which has the range. What overflows above the diagonal is not looked at.
+//
+// Keys are not normalised but multiplied by the power of two below 1 / norm, which rounds nothing; the rest
+// of the norm goes into the factors of the tokens with beta. So A has ones on its diagonal, and where decays
+// are strong, neither A nor the newest keys are rounded (docs/notes/20261126-cuda-strong-decays.md).
 #pragma once
 #include "kernels/kda/kda_sm90.cuh"
 
@@ -381,8 +385,11 @@ struct ImageWarp {
   }
 
   // A = (I + L)^-1 by forward substitution, a column per lane (the upper lanes do it again), in the places of
-  // P and A; leaves A diag(beta) as an A operand. beta: of token lane % 16.
-  __device__ __forceinline__ void invert(const float (&l)[2][4], float beta, uint32_t (&a)[4]) const {
+  // P and A; leaves A as an A operand, and minus A with its rows times `rows`, its columns times `columns` in
+  // two terms: in one, its rounding would be the largest error where the same keys come again and again.
+  __device__ __forceinline__ void invert(const float (&l)[2][4], const float (&rows)[2],
+                                         const float2 (&columns)[2], uint32_t (&a)[4], uint32_t (&high)[4],
+                                         uint32_t (&low)[4]) const {
     float* scratch = reinterpret_cast<float*>(shared + Image::kP);  // [16][16]
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -410,7 +417,7 @@ struct ImageWarp {
     __syncwarp();
     if (lane < 16) {
 #pragma unroll
-      for (int i = 0; i < 16; ++i) scratch[i * 16 + column] = x[i] * beta;
+      for (int i = 0; i < 16; ++i) scratch[i * 16 + column] = x[i];
     }
     __syncwarp();
 #pragma unroll
@@ -418,6 +425,11 @@ struct ImageWarp {
       const float2 pair =
           *reinterpret_cast<const float2*>(scratch + (g + 8 * (i & 1)) * 16 + 8 * (i >> 1) + 2 * t);
       a[i] = pack<Element>(pair.x, pair.y);
+      const float first = -rows[i & 1] * columns[i >> 1].x * pair.x;
+      const float second = -rows[i & 1] * columns[i >> 1].y * pair.y;
+      high[i] = pack<Element>(first, second);
+      const float2 rounded = unpack<Element>(high[i]);
+      low[i] = pack<Element>(first - rounded.x, second - rounded.y);
     }
     __syncwarp();
   }
@@ -430,7 +442,8 @@ struct ImageWarp {
     float beta = float_of_bits(raw_beta, args.beta_type);
     if (args.beta_is_logit && (lane & 15) < length) beta = 1.0f / (1.0f + __expf(-beta));
     beta *= args.beta_scale;
-    Factors factors{{1.0f, 1.0f}, {1.0f, 1.0f}};
+    float k_norm[2] = {1.0f, 1.0f};
+    Factors factors{{}, {1.0f, 1.0f}};
     if (args.l2norm) {
       float squares[4][4] = {};
 #pragma unroll 4
@@ -441,11 +454,23 @@ struct ImageWarp {
         add_squares(squares[0], squares[1], kr);
         add_squares(squares[2], squares[3], qr);
       }
-      inverse_norms(squares[0], squares[1], factors.k);
+      inverse_norms(squares[0], squares[1], k_norm);
       inverse_norms(squares[2], squares[3], factors.q);
     }
-    factors.q[0] *= args.scale;
-    factors.q[1] *= args.scale;
+    float* token_factors = reinterpret_cast<float*>(shared + Image::kFactor);
+    float* rests = reinterpret_cast<float*>(shared + Image::kBytes);  // of the norms of k
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      factors.q[h] *= args.scale;
+      const uint32_t norm = __float_as_uint(k_norm[h]);
+      factors.k[h] = __uint_as_float(norm & 0x7F800000u);
+      const float rest = __uint_as_float((norm & 0x007FFFFFu) | 0x3F800000u);
+      const float row_beta = __shfl_sync(~0u, beta, g + 8 * h);
+      if (t == 0) {
+        token_factors[g + 8 * h] = rest * row_beta;
+        rests[g + 8 * h] = rest;
+      }
+    }
     uint32_t ones[4];
     triangle(ones);
     float l[2][4] = {}, p[2][4] = {};
@@ -481,29 +506,35 @@ struct ImageWarp {
           step<Decay::kSteep>(step0 + i, at ^ (32 * i), sum[i], kr[i], qr[i], factors, l, p);
       }
     }
-    // The triangles; beta of row i on L.
+    // The triangles; what is left of the norms, and beta of the columns on L.
+    float2 columns[2];
+    float row_factors[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) columns[n] = *reinterpret_cast<const float2*>(token_factors + 8 * n + 2 * t);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float row_beta = __shfl_sync(~0u, beta, g + 8 * h);
+      const float rest = rests[g + 8 * h];
+      row_factors[h] = token_factors[g + 8 * h];
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int row = g + 8 * h, column = 8 * n + 2 * t + e;
+          const float factor = rest * (e == 0 ? columns[n].x : columns[n].y);
           p[n][2 * h + e] = row >= column ? p[n][2 * h + e] : 0.0f;
-          l[n][2 * h + e] = row > column ? l[n][2 * h + e] * row_beta : 0.0f;
+          l[n][2 * h + e] = row > column ? l[n][2 * h + e] * factor : 0.0f;
         }
       }
     }
-    uint32_t a[4], minus_a[4];
-    invert(l, beta, a);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) minus_a[i] = a[i] ^ 0x80008000u;
+    for (int n = 0; n < 2; ++n) columns[n] = *reinterpret_cast<const float2*>(rests + 8 * n + 2 * t);
+    uint32_t a[4], high[4], low[4];
+    invert(l, row_factors, columns, a, high, low);
     const uint32_t packed_p[4] = {pack<Element>(p[0][0], p[0][1]), pack<Element>(p[0][2], p[0][3]),
                                   pack<Element>(p[1][0], p[1][1]), pack<Element>(p[1][2], p[1][3])};
     stmatrix(square(Image::kP), packed_p);
     stmatrix(square(Image::kA), a);
-    // Minus w in the place of k 2^G, four steps at once for the latencies.
+    // Minus w in the place of k^ 2^G, four steps at once for the latencies.
 #pragma unroll
     for (int step0 = 0; step0 < kSteps; step0 += 4) {
       uint32_t b[4][4];
@@ -513,8 +544,10 @@ struct ImageWarp {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float w[2][4] = {};
-        mma<Element>(w[0], minus_a, b[i][0], b[i][1]);
-        mma<Element>(w[1], minus_a, b[i][2], b[i][3]);
+        mma<Element>(w[0], low, b[i][0], b[i][1]);
+        mma<Element>(w[1], low, b[i][2], b[i][3]);
+        mma<Element>(w[0], high, b[i][0], b[i][1]);
+        mma<Element>(w[1], high, b[i][2], b[i][3]);
         const uint32_t packed[4] = {pack<Element>(w[0][0], w[0][1]), pack<Element>(w[0][2], w[0][3]),
                                     pack<Element>(w[1][0], w[1][1]), pack<Element>(w[1][2], w[1][3])};
         stmatrix(block(step0 + i), packed);

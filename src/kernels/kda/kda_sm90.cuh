@@ -2,9 +2,9 @@
 // What the chunk kernels for Hopper share: arguments, the image of a chunk, addresses in shared memory.
 //
 // A chunk has C = 16 tokens. Per chunk and value head there is one image in shared memory (docs/math/kda.md,
-// chunked form; G = cumulative log2 decay from the chunk's start, G_C at its end). k^ is a key times a power of
-// two, of length 1/2 to 1, k = f k^ the normalised one, c = beta f, L_ij = f_i k^_i . (c_j k^_j 2^(G_i - G_j))
-// for i > j, A = (I + L)^-1:
+// chunked form; G = cumulative log2 decay from the chunk's start, G_C at its end). k^ is a key times a power
+// of two, of length 1/2 to 1, k = f k^ the normalised one, c = beta f, L_ij = f_i k^_i . (c_j k^_j 2^(G_i -
+// G_j)) for i > j, A = (I + L)^-1:
 //     rows      minus w = -diag(c) A diag(f) (k^ 2^G), then q = scale q 2^G   [2 C][K]
 //     keys      k^ 2^(G_C - G)                                                [C][K]
 //     P         scale q_i . k^_j 2^(G_i - G_j), i >= j, else 0                [C][C]
@@ -100,8 +100,7 @@ __device__ __forceinline__ uint32_t swizzled(int row, int piece) {
 // Element [row][column] of a matrix whose rows lie `stride` elements apart. Rows and strides are in 32 bits
 // (validate() in kda_cuda.cc), so that this is one multiplication.
 template <class T>
-__device__ __forceinline__ const T* row_address(const T* matrix, int row, int64_t stride,
-                                                int column = 0) {
+__device__ __forceinline__ const T* row_address(const T* matrix, int row, int64_t stride, int column = 0) {
   return matrix + static_cast<uint64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(stride) + column;
 }
 

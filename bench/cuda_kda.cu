@@ -3,9 +3,13 @@
 // the share of the byte floor (q, k, v, gate, out once at the copy bandwidth measured here).
 //   bench_cuda_kda [--once] [FILTER]   --once: one call per shape, for a profiler; FILTER: part of a shape's
 //   name
+// Decays are mild (A_log and dt_bias zero), in rows named "spread" those of bench/kda_gpu.py: they differ
+// from channel to channel and from head to head, as in trained models.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -15,16 +19,24 @@
 namespace kilin {
 namespace {
 
-// Values in [-2, 2) without a pattern, offset added.
-__global__ void fill(uint16_t* x, int64_t count, uint32_t seed, float offset) {
+// In [0, 1), without a pattern.
+__device__ float uniform(int64_t i, uint32_t seed) {
+  uint32_t h = static_cast<uint32_t>(i) * 2654435761u + seed;
+  h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
+  h = (h ^ (h >> 13)) * 0xC2B2AE35u;
+  h ^= h >> 16;
+  return static_cast<float>(h >> 8) / 16777216.0f;
+}
+
+// Values in [-2, 2), offset added; with `normal` of mean 0 and deviation 1.
+__global__ void fill(uint16_t* x, int64_t count, uint32_t seed, float offset, bool normal = false) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
        i += int64_t{gridDim.x} * blockDim.x) {
-    uint32_t h = static_cast<uint32_t>(i) * 2654435761u + seed;
-    h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
-    h = (h ^ (h >> 13)) * 0xC2B2AE35u;
-    h ^= h >> 16;
-    const float value = static_cast<float>(h) / 4294967296.0f * 4.0f - 2.0f + offset;
-    x[i] = static_cast<uint16_t>(__float_as_uint(value) >> 16);
+    const float first = uniform(i, seed);
+    const float value =
+        normal ? sqrtf(-2.0f * logf(1.0f - first)) * cospif(2.0f * uniform(i, seed ^ 0x9E3779B9u))
+               : first * 4.0f - 2.0f;
+    x[i] = static_cast<uint16_t>(__float_as_uint(value + offset) >> 16);
   }
 }
 
@@ -104,7 +116,22 @@ struct Shape {
   const char* name;
   std::vector<int> lengths;
   int heads;
+  bool spread = false;  // decays of bench/kda_gpu.py
 };
+
+// A_log of each head and dt_bias of each channel, with the distributions of bench/kda_gpu.py.
+void fill_spread(const Shape& shape, KdaGate gate, int dim, float* a_log, float* bias) {
+  const bool softplus = gate == KdaGate::kSoftplus;
+  std::mt19937 random(1);
+  std::uniform_real_distribution<float> uniform(0.0f, softplus ? 2.7f : 0.81f);
+  std::normal_distribution<float> normal(softplus ? -3.0f : -4.0f, 1.0f);
+  std::vector<float> of_heads(static_cast<size_t>(shape.heads)),
+      of_channels(of_heads.size() * static_cast<size_t>(dim));
+  for (float& x : of_heads) x = uniform(random);
+  for (float& x : of_channels) x = normal(random);
+  check_cuda(cudaMemcpy(a_log, of_heads.data(), of_heads.size() * 4, cudaMemcpyHostToDevice), "copy");
+  check_cuda(cudaMemcpy(bias, of_channels.data(), of_channels.size() * 4, cudaMemcpyHostToDevice), "copy");
+}
 
 void time_shape(const Shape& shape, KdaGate gate_kind, KdaCudaPlan plan, bool once, double bandwidth,
                 cudaStream_t stream) {
@@ -122,10 +149,12 @@ void time_shape(const Shape& shape, KdaGate gate_kind, KdaCudaPlan plan, bool on
   uint32_t seed = 1;
   for (const Memory* m : {&q, &k, &v, &gate})
     fill<<<1024, 256, 0, stream>>>(static_cast<uint16_t*>(m->data), tokens * width * sets, seed++ * 7919,
-                                   m == &gate ? -2.0f : 0.0f);
+                                   m == &gate && !shape.spread ? -2.0f : 0.0f, m == &gate && shape.spread);
   fill<<<64, 256, 0, stream>>>(static_cast<uint16_t*>(beta.data), tokens * shape.heads, 99, 0.0f);
   check_cuda(cudaMemsetAsync(a_log.data, 0, static_cast<size_t>(shape.heads) * 4, stream), "memset");
   check_cuda(cudaMemsetAsync(bias.data, 0, static_cast<size_t>(width) * 4, stream), "memset");
+  if (shape.spread)
+    fill_spread(shape, gate_kind, kDim, static_cast<float*>(a_log.data), static_cast<float*>(bias.data));
   check_cuda(cudaMemcpy(offsets.data, cu.data(), cu.size() * 4, cudaMemcpyHostToDevice), "copy");
   KdaCudaParams p;
   p.heads = p.value_heads = shape.heads;
@@ -162,7 +191,7 @@ void time_shape(const Shape& shape, KdaGate gate_kind, KdaCudaPlan plan, bool on
   if (once) return;
   const double ms = time_graph(std::max(sets, 8), stream, call);
   const double floor = 5.0 * static_cast<double>(bytes) / bandwidth * 1e-6;
-  std::printf("%-12s %-8s %-8s %8.4f ms  floor %.4f ms  %5.1f %%\n", shape.name,
+  std::printf("%-16s %-8s %-8s %8.4f ms  floor %.4f ms  %5.1f %%\n", shape.name,
               gate_kind == KdaGate::kBounded ? "bounded" : "softplus", plan_name(plan), ms, floor,
               100.0 * floor / ms);
   std::fflush(stdout);
@@ -197,7 +226,9 @@ int main_(int argc, char** argv) {
                                      {"T2048 H8", {2048}, 8},
                                      {"T32768 H1", {32768}, 1},
                                      {"8x1024 H96", std::vector<int>(8, 1024), 96},
-                                     {"mixed H96", {1300, 547, 2048, 963, 271, 3063}, 96}};
+                                     {"mixed H96", {1300, 547, 2048, 963, 271, 3063}, 96},
+                                     {"T8192 H96 spread", {8192}, 96, true},
+                                     {"T8192 H64 spread", {8192}, 64, true}};
   for (const Shape& shape : shapes) {
     if (std::string(shape.name).find(filter) == std::string::npos) continue;
     for (const KdaGate gate : {KdaGate::kBounded, KdaGate::kSoftplus}) {

@@ -45,6 +45,12 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
+// Product of two pairs of bf16.
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
 template <class Element>
 __device__ __forceinline__ float2 unpack(uint32_t pair);
 template <>
@@ -94,6 +100,12 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
 __device__ __forceinline__ float4 load_shared_floats(uint32_t address) {
   const uint4 x = load_shared_16(address);
   return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
+}
+
+__device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
 }
 
 // D (16 x 8) += A (16 x 16) B (16 x 8), one warp. A as in wgmma.cuh; B: b0 = B[2t, 2t + 1][g], b1 = B[2t + 8,

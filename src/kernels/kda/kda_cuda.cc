@@ -78,6 +78,10 @@ void validate(const KdaCudaParams& p) {
         "KDA on the GPU: the gate must be float32 or of the type of q");
   validate_common(p);
   check_all_tokens(p, 16);
+  // The kernels multiply them in 32 bits.
+  check(p.tokens < (int64_t{1} << 31), "KDA on the GPU: {} tokens, expected fewer than 2^31", p.tokens);
+  for (const CudaTokens& x : {p.q, p.k, p.v, p.gate})
+    check(x.stride < (int64_t{1} << 31), "KDA on the GPU: stride {}, expected less than 2^31", x.stride);
 }
 
 void validate_recurrent(const KdaCudaParams& p) {

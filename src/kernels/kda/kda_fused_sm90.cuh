@@ -27,6 +27,8 @@ __device__ __forceinline__ void scan_chunk(StateRows<Element, K>& state, OutRows
 #pragma unroll
   for (int i = 0; i < kSteps; ++i)
     state.decay(i, load_shared_floats(place + Image::kDecay + state.t * 16 + 64 * i));
+  const float2 factor[2] = {load_shared_pair(place + Image::kFactor + state.t * 8),
+                            load_shared_pair(place + Image::kFactor + state.t * 8 + 32)};
   float x[16];  // [0 to 7] S (minus w)^T, [8 to 15] S q^T
   float y[8];   // v^T A^T, then R P^T
   const uint64_t rows = swizzled_matrix(place + Image::kRows, 16, 1024);
@@ -39,7 +41,10 @@ __device__ __forceinline__ void scan_chunk(StateRows<Element, K>& state, OutRows
   wgmma_wait<0>();
   uint32_t written[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) written[i] = pack<Element>(x[2 * i] + y[2 * i], x[2 * i + 1] + y[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) {
+    written[i] = pack<Element>(fmaf(y[2 * i], factor[i >> 1].x, x[2 * i]),
+                               fmaf(y[2 * i + 1], factor[i >> 1].y, x[2 * i + 1]));
+  }
   wgmma_fence();
   wgmma<Element, 1>(state.s, written, swizzled_matrix(place + Image::kKeys, 2048, 1024), true);
   wgmma<Element, 0>(y, written, plain_matrix(place + Image::kP, 128, 256), false);
@@ -60,7 +65,11 @@ __global__ void __launch_bounds__(512, 1) kda_fused(const __grid_constant__ KdaA
   const ScanWork work = scan_work<kGroups * 64, true>(args, blockIdx.x, args.value_dim);
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be the same in the whole warp
   if (warp < 4 * kGroups) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+    if constexpr (kGroups == 2) {
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+    } else {
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 176;");
+    }
     StateRows<Element, K> state(args, work, warp * 16);
     OutRows<Element> out(args, work, warp * 16);
     state.load();
@@ -81,22 +90,21 @@ __global__ void __launch_bounds__(512, 1) kda_fused(const __grid_constant__ KdaA
   if constexpr (kGroups == 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
   } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 120;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 112;");
   }
   ImageWarp<Element, K, GateElement, kGate, kGroups> image(args, work.head);
+  const int first = static_cast<int>(work.sequence.first), length = static_cast<int>(work.sequence.length);
   for (int c = warp - 4 * kGroups; c < work.sequence.chunks; c += kMakers<kGroups>) {
     const int stage = c % Shared::kStages;
     const uint32_t full = base + Shared::kBarriers + stage * 16;
     if (c >= Shared::kStages) barrier_wait(full + 8, (c / Shared::kStages - 1) & 1);
-    const int64_t token = static_cast<int64_t>(c) * kChunk;
-    image.load(shared + stage * Shared::kStage, work.sequence.first + token,
-               static_cast<int>(min(work.sequence.length - token, static_cast<int64_t>(kChunk))));
+    const int token = c * kChunk;
+    image.load(shared + stage * Shared::kStage, first + token, min(length - token, kChunk));
     load_values<Element, kGroups * 64>(args, work, c, image.place + Shared::kValues);
     copy_commit();
-    prefetch_rows<Element, K, GateElement>(
-        args, work.head, work.sequence.first + token + kMakers<kGroups> * kChunk,
-        work.sequence.first + work.sequence.length,
-        static_cast<const Element*>(args.v) + work.head * args.value_dim + work.column, kGroups * 64);
+    prefetch_rows<Element, K, GateElement>(args, work.head, image.kv_head,
+                                           first + token + kMakers<kGroups> * kChunk, first + length,
+                                           work.head * args.value_dim + work.column, kGroups * 64);
     copy_wait<0>();
     __syncwarp();
     image.make();

@@ -7,80 +7,64 @@
 // A operand of a matrix is a B operand of its transpose, so L, P and the norms never leave the registers
 // before they are done.
 //
-// Decays are split so that no operand overflows and nothing that matters underflows, for any gate. A decay
-// below 2^-24 per token counts as 2^-24 (the resolution of fp32). When a chunk decays by no more than 2^-104,
-// rows are taken times 2^G and columns times 2^-G. Otherwise columns are taken relative to the fifth token of
-// their half (8 tokens) and the rows relative to the one of the columns they meet: exponents are at most 96
-// where i >= j, since one token changes G by no more than 24. Operands are bf16, which has the range.
+// Keys are not normalised but multiplied by the power of two below 1 / norm, which rounds nothing; the rest
+// of the norm goes into the factors of the tokens with beta. So A has ones on its diagonal, and where decays
+// are strong, neither A nor the newest keys are rounded (docs/notes/20261126-cuda-strong-decays.md).
 #pragma once
-#include "kernels/kda/kda_sm90.cuh"
+#include "kernels/kda/kda_pairs_sm90.cuh"
 
 namespace kilin::cuda {
 
-// log2 of the decay of one token, at least -24. bias and rate: see ImageWarp.
-template <KdaGate kGate>
-__device__ __forceinline__ float log2_decay(float x, float bias, float factor, float rate) {
-  constexpr float kLog2e = 1.44269504f;
-  float y;
-  if constexpr (kGate == KdaGate::kSoftplus) {
-    // -e^A log2(1 + e^(x + b)) = rate (max(z, 0) + log2(1 + 2^-|z|)), z = (x + b) log2 e. Small terms by
-    // their series: what 1 + 2^-|z| loses would add up over a long, slow decay.
-    const float z = fmaf(x, factor, bias);
-    const float e = fast_exp2(-fabsf(z));
-    const float series =
-        e * fmaf(-e, fmaf(-e, fmaf(e, -0.25f * kLog2e, 0.33333333f * kLog2e), 0.5f * kLog2e), kLog2e);
-    const float tail = e < 0.0625f ? series : fast_log2(1.0f + e);
-    y = rate * (fmaxf(z, 0.0f) + tail);
-  } else if constexpr (kGate == KdaGate::kBounded) {
-    // lower_bound log2 e / (1 + e^(-e^A (x + b)))
-    y = rate * fast_reciprocal(1.0f + fast_exp2(fmaf(x, factor, bias)));
-  } else {
-    y = x * factor;
-  }
-  return fmaxf(y, -24.0f);
-}
-
 // Asks the L2 for the rows of the chunk at `token` of a value head, so that their copies will be quick: q, k,
-// gate and, with value_dim > 0, v from the head's first column.
+// gate and, with values > 0, so many columns of v from v_column on.
 template <class Element, int K, class GateElement>
-__device__ __forceinline__ void prefetch_rows(const KdaArgs& args, int head, int64_t token, int64_t end,
-                                              const Element* v, int value_dim) {
+__device__ __forceinline__ void prefetch_rows(const KdaArgs& args, int head, int kv_head, int token, int end,
+                                              int v_column, int values) {
   constexpr int kLines = K / 64;  // of 128 bytes per row
   const int lane = threadIdx.x & 31;
-  const int kv_head = head / (args.value_heads / args.heads);
-  const int64_t row = token + (lane & 15);
+  const int row = token + (lane & 15);
   if (row >= end) return;
   const auto ask = [](const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); };
   for (int i = lane >> 4; i < kLines; i += 2) {
-    ask(static_cast<const Element*>(args.k) + row * args.k_stride + kv_head * K + i * 64);
-    ask(static_cast<const Element*>(args.q) + row * args.q_stride + kv_head * K + i * 64);
+    ask(row_address(static_cast<const Element*>(args.k), row, args.k_stride, kv_head * K + i * 64));
+    ask(row_address(static_cast<const Element*>(args.q), row, args.q_stride, kv_head * K + i * 64));
     if constexpr (sizeof(GateElement) == 2)
-      ask(static_cast<const GateElement*>(args.gate) + row * args.gate_stride + head * K + i * 64);
+      ask(row_address(static_cast<const GateElement*>(args.gate), row, args.gate_stride, head * K + i * 64));
   }
-  for (int i = lane >> 4; i < value_dim / 64; i += 2) ask(v + row * args.v_stride + i * 64);
+  for (int i = lane >> 4; i < values / 64; i += 2)
+    ask(row_address(static_cast<const Element*>(args.v), row, args.v_stride, v_column + i * 64));
 }
 
 // kTogether: steps of 16 channels side by side, for the latencies.
 template <class Element, int K, class GateElement, KdaGate kGate, int kTogether>
 struct ImageWarp {
   using Image = KdaImage<K>;
+  using Pairs = ChunkPairs<Element>;
+  using Operands = typename Pairs::Operands;
+  using Factors = typename Pairs::Factors;
+  using Decay = typename Pairs::Decay;
   static constexpr int kSteps = K / 16;  // of 16 channels
   static constexpr float kLog2e = 1.44269504f;
 
   const KdaArgs& args;
   int head;         // value head
+  int kv_head;      // of q and k
   uint32_t place;   // of the image, an address in shared memory
   uint8_t* shared;  // the same as a pointer
-  int64_t first;    // token
+  int first;        // token
   int length;       // 1 to 16
   int lane, g, t;
   float log_speed;     // a_log
   float factor, rate;  // of log2_decay
   uint32_t raw_beta;   // of token lane % 16
-  float beta;
 
   __device__ __forceinline__ ImageWarp(const KdaArgs& arguments, int value_head)
-      : args(arguments), head(value_head), lane(threadIdx.x & 31), g(lane >> 2), t(lane & 3) {
+      : args(arguments),
+        head(value_head),
+        kv_head(__shfl_sync(~0u, value_head / (arguments.value_heads / arguments.heads), 0)),  // uniform
+        lane(threadIdx.x & 31),
+        g(lane >> 2),
+        t(lane & 3) {
     log_speed = args.a_log != nullptr && kGate != KdaGate::kNone ? args.a_log[head] : 0.0f;
   }
 
@@ -88,13 +72,14 @@ struct ImageWarp {
   template <bool kAll>
   __device__ __forceinline__ void copy_rows() const {
     constexpr int kPieces = K / 8, kAtOnce = 32 / kPieces;
-    const int kv_head = head / (args.value_heads / args.heads);
     const int piece = lane % kPieces, row = lane / kPieces;
-    const int64_t token = first + row;
-    const Element* k = static_cast<const Element*>(args.k) + token * args.k_stride + kv_head * K + piece * 8;
-    const Element* q = static_cast<const Element*>(args.q) + token * args.q_stride + kv_head * K + piece * 8;
-    const GateElement* gate =
-        static_cast<const GateElement*>(args.gate) + token * args.gate_stride + head * K + piece * 8;
+    const int token = first + row;
+    const Element* k =
+        row_address(static_cast<const Element*>(args.k), token, args.k_stride, kv_head * K + piece * 8);
+    const Element* q =
+        row_address(static_cast<const Element*>(args.q), token, args.q_stride, kv_head * K + piece * 8);
+    const GateElement* gate = row_address(static_cast<const GateElement*>(args.gate), token, args.gate_stride,
+                                          head * K + piece * 8);
     // Row i kAtOnce + row has the row of its swizzle from two disjoint sets of bits.
     const uint32_t keys = place + Image::kKeys + swizzled<16>(row, piece);
     const uint32_t rows = place + Image::kRows + swizzled<32>(row, piece);
@@ -102,16 +87,16 @@ struct ImageWarp {
     for (int i = 0; i < kChunk / kAtOnce; ++i) {
       const bool valid = kAll || i * kAtOnce + row < length;
       const uint32_t other = ((i * kAtOnce) & 7) << 4, down = i * kAtOnce * 128;
-      const int64_t step = valid ? i * kAtOnce : 0;
+      const int step = valid ? i * kAtOnce : 0;
       if constexpr (sizeof(GateElement) == 2)
-        copy_16_async((rows ^ other) + down, gate + step * args.gate_stride, valid);
-      copy_16_async((rows ^ other) + down + 16 * 128, q + step * args.q_stride, valid);
-      copy_16_async((keys ^ other) + down, k + step * args.k_stride, valid);
+        copy_16_async((rows ^ other) + down, row_address(gate, step, args.gate_stride), valid);
+      copy_16_async((rows ^ other) + down + 16 * 128, row_address(q, step, args.q_stride), valid);
+      copy_16_async((keys ^ other) + down, row_address(k, step, args.k_stride), valid);
     }
   }
 
   // Begins the copies of raw q, k, gate and bias (cp.async, not committed), and loads beta.
-  __device__ __forceinline__ void load(uint8_t* to, int64_t token, int tokens) {
+  __device__ __forceinline__ void load(uint8_t* to, int token, int tokens) {
     shared = to;
     place = shared_address(to);
     first = token;
@@ -122,21 +107,27 @@ struct ImageWarp {
       copy_rows<false>();
     }
     if (lane < K / 4) {
-      const float* bias = args.dt_bias != nullptr ? args.dt_bias + head * K + lane * 4 : nullptr;
+      int channel = head * K + lane * 4;
+      asm volatile("" : "+r"(channel));  // or the pointer would be kept, and spilled, from image to image
+      const float* bias = args.dt_bias != nullptr ? args.dt_bias + channel : nullptr;
       copy_16_async(place + Image::kDecay + lane * 16, bias, bias != nullptr);
     }
     const int r = lane & 15;
     raw_beta = 0;
-    if (r < length) raw_beta = load_bits(args.beta, args.beta_type, (first + r) * args.beta_stride + head);
+    if (r < length)
+      raw_beta =
+          load_bits(args.beta, args.beta_type, static_cast<int64_t>(first + r) * args.beta_stride + head);
   }
 
-  // Address for ldmatrix and stmatrix of the block of 16 rows and the columns 16 step ... of a swizzled
-  // matrix.
-  template <int kMatrixRows>
-  __device__ __forceinline__ uint32_t block(uint32_t matrix, int step) const {
-    const int piece = (2 * step) & 7;
-    return matrix + (step >> 2) * (kMatrixRows * 128) + (lane & 15) * 128 +
-           (((piece | (lane >> 4)) ^ (lane & 7)) << 4);
+  // Address for ldmatrix and stmatrix of the block of 16 rows and 16 columns of step `number` of the rows;
+  // those of q lie 16 * 128 bytes behind, those of the keys to_keys(number) bytes.
+  __device__ __forceinline__ uint32_t block(int number) const {
+    return ((place + (lane & 15) * 128 + (((lane >> 4) ^ (lane & 7)) << 4)) ^ ((number & 3) << 5)) +
+           (number >> 2) * (2 * kChunk * 128);
+  }
+  static constexpr uint32_t kToQ = kChunk * 128;
+  __device__ __forceinline__ static uint32_t to_keys(int number) {
+    return Image::kKeys - (number >> 2) * (kChunk * 128);
   }
   // Of a 16 x 16 matrix in cores.
   __device__ __forceinline__ uint32_t square(int matrix) const {
@@ -158,10 +149,10 @@ struct ImageWarp {
   }
 
   // log2 decays of tokens 2t, 2t + 1 (+ 8 half) and channel g (+ 8 n) of the step.
-  __device__ __forceinline__ void gates(int step, float (&x)[2][2][2]) const {
+  __device__ __forceinline__ void gates(int step, uint32_t at, float (&x)[2][2][2]) const {
     if constexpr (sizeof(GateElement) == 2) {
       uint32_t r[4];
-      ldmatrix_trans(r, block<32>(place + Image::kRows, step));
+      ldmatrix_trans(r, at);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 pair = unpack<GateElement>(r[i]);
@@ -169,8 +160,8 @@ struct ImageWarp {
         x[i >> 1][i & 1][1] = pair.y;
       }
     } else {
-      const float* rows =
-          static_cast<const float*>(args.gate) + first * args.gate_stride + head * K + 16 * step + g;
+      const float* rows = static_cast<const float*>(args.gate) +
+                          static_cast<int64_t>(first) * args.gate_stride + head * K + 16 * step + g;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int token = 2 * t + (i & 1) + 8 * ((i >> 1) & 1);
@@ -194,145 +185,28 @@ struct ImageWarp {
     }
   }
 
-  // sum[n] (accumulator layout, 16 tokens x 8 channels) = inclusive sum over tokens of x: a product with a
-  // triangle of ones, each float as two tf32 terms. Token 2t stands at k = t, token 2t + 1 at k = t + 4.
-  __device__ __forceinline__ void cumulative(const float (&x)[2][2][2], float (&sum)[2][4]) const {
-    const float even = 2 * t <= g ? 1.0f : 0.0f;
-    const float odd = 2 * t + 1 <= g ? 1.0f : 0.0f;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      float high[2][2], low[2][2];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float value = x[n][i >> 1][i & 1];
-        high[i >> 1][i & 1] = __uint_as_float(__float_as_uint(value) & 0xFFFFE000u);
-        low[i >> 1][i & 1] = value - high[i >> 1][i & 1];
-      }
-      float rest[4] = {};
-      sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0.0f;
-      mma_tf32(rest, even, 1.0f, odd, 1.0f, low[0][0], low[0][1]);
-      mma_tf32(sum[n], even, 1.0f, odd, 1.0f, high[0][0], high[0][1]);
-      mma_tf32(rest, 0.0f, even, 0.0f, odd, low[1][0], low[1][1]);
-      mma_tf32(sum[n], 0.0f, even, 0.0f, odd, high[1][0], high[1][1]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[n][i] += rest[i];
+  template <Decay kDecay>
+  __device__ __forceinline__ void step(int number, uint32_t at, const float (&sum)[2][4],
+                                       const uint32_t (&kr)[4], const uint32_t (&qr)[4],
+                                       const Factors& factors, float (&l)[2][4], float (&p)[2][4]) const {
+    Operands o;
+    float decay[4];
+    Pairs::template add<kDecay>(t, sum, kr, qr, factors, decay, o, l, p);
+    stmatrix(at, o.k);
+    stmatrix(at + kToQ, o.q);
+    stmatrix(at + to_keys(number), o.keys);
+    if (g == 7) {
+      reinterpret_cast<float4*>(shared + Image::kDecay)[4 * number + t] = {decay[0], decay[1], decay[2],
+                                                                           decay[3]};
     }
-  }
-
-  // What the two branches of a step give: A operands of k 2^G, scale q 2^G, k 2^(G_C - G); L and P are added
-  // to.
-  struct Operands {
-    uint32_t k[4], q[4], keys[4];
-  };
-
-  // An A operand as floats, its rows times the norms.
-  __device__ __forceinline__ static void scaled(const uint32_t (&r)[4], const float (&norm)[2],
-                                                float (&x)[4][2]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack<Element>(r[i]);
-      x[i][0] = pair.x * norm[i & 1];
-      x[i][1] = pair.y * norm[i & 1];
-    }
-  }
-
-  __device__ __forceinline__ void gentle(const float (&sum)[2][4], const uint32_t (&kr)[4],
-                                         const uint32_t (&qr)[4], const float (&k_norm)[2],
-                                         const float (&q_norm)[2], float (&decay)[4], Operands& o,
-                                         float (&l)[2][4], float (&p)[2][4]) const {
-    float k[4][2], q[4][2];
-    scaled(kr, k_norm, k);
-    scaled(qr, q_norm, q);
-    uint32_t row_k[4], row_q[4], column[4];
-    float inverse[4][2];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float s0 = sum[i >> 1][2 * (i & 1)], s1 = sum[i >> 1][2 * (i & 1) + 1];
-      const float up0 = fast_exp2(s0), up1 = fast_exp2(s1);
-      inverse[i][0] = k[i][0] * fast_exp2(-s0);
-      inverse[i][1] = k[i][1] * fast_exp2(-s1);
-      row_k[i] = pack<__nv_bfloat16>(k[i][0] * up0, k[i][1] * up1);
-      row_q[i] = pack<__nv_bfloat16>(q[i][0] * up0, q[i][1] * up1);
-      column[i] = pack<__nv_bfloat16>(inverse[i][0], inverse[i][1]);
-      if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-        o.k[i] = row_k[i];
-        o.q[i] = row_q[i];
-      } else {
-        o.k[i] = pack<Element>(k[i][0] * up0, k[i][1] * up1);
-        o.q[i] = pack<Element>(q[i][0] * up0, q[i][1] * up1);
-      }
-      if ((i & 1) != 0) {
-        decay[i - 1] = up0;
-        decay[i] = up1;
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float end0 = __shfl_sync(~0u, decay[2 * n], 28 + t),
-                  end1 = __shfl_sync(~0u, decay[2 * n + 1], 28 + t);
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        o.keys[2 * n + h] = pack<Element>(inverse[2 * n + h][0] * end0, inverse[2 * n + h][1] * end1);
-    }
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      mma<__nv_bfloat16>(l[n], row_k, column[n], column[2 + n]);
-      mma<__nv_bfloat16>(p[n], row_q, column[n], column[2 + n]);
-    }
-  }
-
-  __device__ __forceinline__ void steep(const float (&sum)[2][4], const uint32_t (&kr)[4],
-                                        const uint32_t (&qr)[4], const float (&k_norm)[2],
-                                        const float (&q_norm)[2], float (&decay)[4], Operands& o,
-                                        float (&l)[2][4], float (&p)[2][4]) const {
-    float k[4][2], q[4][2];
-    scaled(kr, k_norm, k);
-    scaled(qr, q_norm, q);
-    uint32_t first_k[4], first_q[4];    // rows for the columns 0 to 7, relative to token 4
-    uint32_t second_k[4], second_q[4];  // for the columns 8 to 15, relative to token 12
-    uint32_t column[4];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      float anchor[2][2], end[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        anchor[0][e] = __shfl_sync(~0u, sum[n][e], 16 + t);
-        anchor[1][e] = __shfl_sync(~0u, sum[n][2 + e], 16 + t);
-        end[e] = __shfl_sync(~0u, sum[n][2 + e], 28 + t);
-        decay[2 * n + e] = fast_exp2(sum[n][2 + e]);
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int i = 2 * n + h;
-        float own[2], earlier[2], inverse[2], up[2], down[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float s = sum[n][2 * h + e];
-          own[e] = fast_exp2(s - anchor[h][e]);
-          inverse[e] = fast_exp2(anchor[h][e] - s);
-          earlier[e] = h == 0 ? own[e] : fast_exp2(s - anchor[0][e]);
-          up[e] = fast_exp2(s);
-          down[e] = fast_exp2(end[e] - s);
-        }
-        first_k[i] = pack<__nv_bfloat16>(k[i][0] * earlier[0], k[i][1] * earlier[1]);
-        first_q[i] = pack<__nv_bfloat16>(q[i][0] * earlier[0], q[i][1] * earlier[1]);
-        second_k[i] = h == 0 ? 0 : pack<__nv_bfloat16>(k[i][0] * own[0], k[i][1] * own[1]);
-        second_q[i] = h == 0 ? 0 : pack<__nv_bfloat16>(q[i][0] * own[0], q[i][1] * own[1]);
-        column[i] = pack<__nv_bfloat16>(k[i][0] * inverse[0], k[i][1] * inverse[1]);
-        o.k[i] = pack<Element>(k[i][0] * up[0], k[i][1] * up[1]);
-        o.q[i] = pack<Element>(q[i][0] * up[0], q[i][1] * up[1]);
-        o.keys[i] = pack<Element>(k[i][0] * down[0], k[i][1] * down[1]);
-      }
-    }
-    mma<__nv_bfloat16>(l[0], first_k, column[0], column[2]);
-    mma<__nv_bfloat16>(p[0], first_q, column[0], column[2]);
-    mma<__nv_bfloat16>(l[1], second_k, column[1], column[3]);
-    mma<__nv_bfloat16>(p[1], second_q, column[1], column[3]);
   }
 
   // A = (I + L)^-1 by forward substitution, a column per lane (the upper lanes do it again), in the places of
-  // P and A; leaves A diag(beta) as an A operand.
-  __device__ __forceinline__ void invert(const float (&l)[2][4], uint32_t (&a)[4]) const {
+  // P and A; leaves A as an A operand, and minus A with its rows times `rows`, its columns times `columns` in
+  // two terms: in one, its rounding would be the largest error where the same keys come again and again.
+  __device__ __forceinline__ void invert(const float (&l)[2][4], const float (&rows)[2],
+                                         const float2 (&columns)[2], uint32_t (&a)[4], uint32_t (&high)[4],
+                                         uint32_t (&low)[4]) const {
     float* scratch = reinterpret_cast<float*>(shared + Image::kP);  // [16][16]
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -360,7 +234,7 @@ struct ImageWarp {
     __syncwarp();
     if (lane < 16) {
 #pragma unroll
-      for (int i = 0; i < 16; ++i) scratch[i * 16 + column] = x[i] * beta;
+      for (int i = 0; i < 16; ++i) scratch[i * 16 + column] = x[i];
     }
     __syncwarp();
 #pragma unroll
@@ -368,6 +242,11 @@ struct ImageWarp {
       const float2 pair =
           *reinterpret_cast<const float2*>(scratch + (g + 8 * (i & 1)) * 16 + 8 * (i >> 1) + 2 * t);
       a[i] = pack<Element>(pair.x, pair.y);
+      const float first = -rows[i & 1] * columns[i >> 1].x * pair.x;
+      const float second = -rows[i & 1] * columns[i >> 1].y * pair.y;
+      high[i] = pack<Element>(first, second);
+      const float2 rounded = unpack<Element>(high[i]);
+      low[i] = pack<Element>(first - rounded.x, second - rounded.y);
     }
     __syncwarp();
   }
@@ -377,95 +256,119 @@ struct ImageWarp {
     const float speed = __expf(log_speed);
     factor = kGate == KdaGate::kBounded ? -speed * kLog2e : kLog2e;
     rate = kGate == KdaGate::kBounded ? args.lower_bound * kLog2e : -speed;
-    beta = float_of_bits(raw_beta, args.beta_type);
+    float beta = float_of_bits(raw_beta, args.beta_type);
     if (args.beta_is_logit && (lane & 15) < length) beta = 1.0f / (1.0f + __expf(-beta));
     beta *= args.beta_scale;
-    const uint32_t rows = place + Image::kRows, keys = place + Image::kKeys;
-    float k_norm[2] = {1.0f, 1.0f}, q_norm[2] = {1.0f, 1.0f};
+    float k_norm[2] = {1.0f, 1.0f};
+    Factors factors{{}, {1.0f, 1.0f}};
     if (args.l2norm) {
       float squares[4][4] = {};
 #pragma unroll 4
-      for (int step = 0; step < kSteps; ++step) {
+      for (int number = 0; number < kSteps; ++number) {
         uint32_t kr[4], qr[4];
-        ldmatrix(kr, block<16>(keys, step));
-        ldmatrix(qr, block<32>(rows + 16 * 128, step));
+        ldmatrix(kr, block(number) + to_keys(number));
+        ldmatrix(qr, block(number) + kToQ);
         add_squares(squares[0], squares[1], kr);
         add_squares(squares[2], squares[3], qr);
       }
       inverse_norms(squares[0], squares[1], k_norm);
-      inverse_norms(squares[2], squares[3], q_norm);
+      inverse_norms(squares[2], squares[3], factors.q);
     }
-    q_norm[0] *= args.scale;
-    q_norm[1] *= args.scale;
+    float* token_factors = reinterpret_cast<float*>(shared + Image::kFactor);
+    float* rests = reinterpret_cast<float*>(shared + Image::kBytes);  // of the norms of k
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      factors.q[h] *= args.scale;
+      const uint32_t norm = __float_as_uint(k_norm[h]);
+      factors.k[h] = __uint_as_float(norm & 0x7F800000u);
+      const float rest = __uint_as_float((norm & 0x007FFFFFu) | 0x3F800000u);
+      const float row_beta = __shfl_sync(~0u, beta, g + 8 * h);
+      if (t == 0) {
+        token_factors[g + 8 * h] = rest * row_beta;
+        rests[g + 8 * h] = rest;
+      }
+    }
+    uint32_t ones[4];
+    Pairs::triangle(g, t, ones);
     float l[2][4] = {}, p[2][4] = {};
 #pragma unroll 1
     for (int step0 = 0; step0 < kSteps; step0 += kTogether) {
-      float x[kTogether][2][2][2], sum[kTogether][2][4], decay[kTogether][4];
+      static_assert(kTogether <= 2);
+      const uint32_t at = block(step0);  // of step0 + i: at ^ 32 i
+      float x[kTogether][2][2][2], sum[kTogether][2][4];
       uint32_t kr[kTogether][4], qr[kTogether][4];
-      Operands o[kTogether];
       float least = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) gates(step0 + i, x[i]);
+      for (int i = 0; i < kTogether; ++i) gates(step0 + i, at ^ (32 * i), x[i]);
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        ldmatrix(kr[i], block<16>(keys, step0 + i));
-        ldmatrix(qr[i], block<32>(rows + 16 * 128, step0 + i));
-        cumulative(x[i], sum[i]);
+        ldmatrix(kr[i], (at ^ (32 * i)) + to_keys(step0));
+        ldmatrix(qr[i], (at ^ (32 * i)) + kToQ);
+        Pairs::cumulative(ones, x[i], sum[i]);
         least = fminf(least, fminf(fminf(sum[i][0][2], sum[i][0][3]), fminf(sum[i][1][2], sum[i][1][3])));
       }
-      if (__any_sync(~0u, least < -104.0f)) {
+      const bool strong = __any_sync(~0u, least < -104.0f), strongest = __any_sync(~0u, least < -216.0f);
+      __syncwarp();  // all lanes have read gate, bias, k and q of these steps
+      if (!strong) {
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) steep(sum[i], kr[i], qr[i], k_norm, q_norm, decay[i], o[i], l, p);
+        for (int i = 0; i < kTogether; ++i)
+          step<Decay::kGentle>(step0 + i, at ^ (32 * i), sum[i], kr[i], qr[i], factors, l, p);
+      } else if (!strongest) {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i)
+          step<Decay::kShifted>(step0 + i, at ^ (32 * i), sum[i], kr[i], qr[i], factors, l, p);
       } else {
 #pragma unroll
         for (int i = 0; i < kTogether; ++i)
-          gentle(sum[i], kr[i], qr[i], k_norm, q_norm, decay[i], o[i], l, p);
-      }
-      __syncwarp();  // all lanes have read gate, bias, k and q of these steps
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        stmatrix(block<32>(rows, step0 + i), o[i].k);
-        stmatrix(block<32>(rows + 16 * 128, step0 + i), o[i].q);
-        stmatrix(block<16>(keys, step0 + i), o[i].keys);
-        if (g == 7) {
-          reinterpret_cast<float4*>(shared + Image::kDecay)[4 * (step0 + i) + t] = {decay[i][0], decay[i][1],
-                                                                                    decay[i][2], decay[i][3]};
-        }
+          step<Decay::kSteep>(step0 + i, at ^ (32 * i), sum[i], kr[i], qr[i], factors, l, p);
       }
     }
-    // The triangles; beta of row i on L.
+    // The triangles; what is left of the norms, and beta of the columns on L.
+    float2 columns[2];
+    float row_factors[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) columns[n] = *reinterpret_cast<const float2*>(token_factors + 8 * n + 2 * t);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float row_beta = __shfl_sync(~0u, beta, g + 8 * h);
+      const float rest = rests[g + 8 * h];
+      row_factors[h] = token_factors[g + 8 * h];
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int row = g + 8 * h, column = 8 * n + 2 * t + e;
+          const float factor = rest * (e == 0 ? columns[n].x : columns[n].y);
           p[n][2 * h + e] = row >= column ? p[n][2 * h + e] : 0.0f;
-          l[n][2 * h + e] = row > column ? l[n][2 * h + e] * row_beta : 0.0f;
+          l[n][2 * h + e] = row > column ? l[n][2 * h + e] * factor : 0.0f;
         }
       }
     }
-    uint32_t a[4], minus_a[4];
-    invert(l, a);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) columns[n] = *reinterpret_cast<const float2*>(rests + 8 * n + 2 * t);
+    uint32_t a[4], high[4], low[4];
+    invert(l, row_factors, columns, a, high, low);
     const uint32_t packed_p[4] = {pack<Element>(p[0][0], p[0][1]), pack<Element>(p[0][2], p[0][3]),
                                   pack<Element>(p[1][0], p[1][1]), pack<Element>(p[1][2], p[1][3])};
     stmatrix(square(Image::kP), packed_p);
     stmatrix(square(Image::kA), a);
+    // Minus w in the place of k^ 2^G, four steps at once for the latencies.
 #pragma unroll
-    for (int i = 0; i < 4; ++i) minus_a[i] = a[i] ^ 0x80008000u;
-#pragma unroll 4
-    for (int step = 0; step < kSteps; ++step) {
-      uint32_t b[4];
-      float w[2][4] = {};
-      ldmatrix_trans(b, block<32>(rows, step));
-      mma<Element>(w[0], minus_a, b[0], b[1]);
-      mma<Element>(w[1], minus_a, b[2], b[3]);
+    for (int step0 = 0; step0 < kSteps; step0 += 4) {
+      uint32_t b[4][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ldmatrix_trans(b[i], block(step0 + i));
       __syncwarp();
-      const uint32_t packed[4] = {pack<Element>(w[0][0], w[0][1]), pack<Element>(w[0][2], w[0][3]),
-                                  pack<Element>(w[1][0], w[1][1]), pack<Element>(w[1][2], w[1][3])};
-      stmatrix(block<32>(rows, step), packed);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float w[2][4] = {};
+        mma<Element>(w[0], low, b[i][0], b[i][1]);
+        mma<Element>(w[1], low, b[i][2], b[i][3]);
+        mma<Element>(w[0], high, b[i][0], b[i][1]);
+        mma<Element>(w[1], high, b[i][2], b[i][3]);
+        const uint32_t packed[4] = {pack<Element>(w[0][0], w[0][1]), pack<Element>(w[0][2], w[0][3]),
+                                    pack<Element>(w[1][0], w[1][1]), pack<Element>(w[1][2], w[1][3])};
+        stmatrix(block(step0 + i), packed);
+      }
     }
   }
 };
@@ -496,7 +399,7 @@ __global__ void __launch_bounds__(kImageWarps * 32, 3)
     length = static_cast<int>(entry >> 56) + 1;
   }
   ImageWarp<Element, K, GateElement, kGate, 1> image(args, static_cast<int>(number % args.value_heads));
-  image.load(shared + warp * Image::kPlace, first, length);
+  image.load(shared + warp * Image::kPlace, static_cast<int>(first), length);
   copy_commit();
   copy_wait<0>();
   __syncwarp();

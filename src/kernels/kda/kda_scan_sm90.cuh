@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The scan over the chunks of a sequence and value head on Hopper, from images in the workspace. With S the
 // state (V x K) before a chunk and the matrices of its image (kda_sm90.cuh):
-//     R = v^T A^T + S (minus w)^T         [V][C], what the delta rule writes
+//     R = v^T A^T diag(c) + S (minus w)^T [V][C], what the delta rule writes
 //     out^T = S q^T + R P^T
 //     S <- S diag(decay) + R keys
 // A warp owns 16 rows of S as fp32 accumulators; S and R, rounded to 16 bits, are A operands in registers,
@@ -43,8 +43,10 @@ struct ScanWarp {
   uint32_t values_count;                                 // all ones, or 0 for rows of M
   uint32_t row_base, key_base, square_base, value_base;  // of this lane in a stage
   uint32_t staged;
-  uint32_t w[kSteps][4], v[4], a[4];  // minus w as B operands, v, A, decay: read before the chunk begins
+  // Of a chunk, from before it begins: minus w as B operands, decay, v^T A^T diag(c).
+  uint32_t w[kSteps][4];
   float4 decay[kSteps];
+  float from_v[2][4];
 
   __device__ __forceinline__ ScanWarp(const KdaArgs& args, const ScanWork& work, int number, uint32_t base)
       : state(args, work, number * 16),
@@ -73,18 +75,39 @@ struct ScanWarp {
     return (address ^ ((i & 3) * 32)) + (i >> 2) * (kMatrixRows * 128);
   }
 
-  __device__ __forceinline__ void fetch(uint32_t place) {
+  // What fetch() reads for from_v.
+  struct Values {
+    uint32_t v[4], a[4];
+    float2 factor[2];  // of tokens 2t, 2t + 1 (+ 8)
+  };
+  __device__ __forceinline__ Values fetch(uint32_t place) {
+    Values x;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) ldmatrix(w[i], step<32>(place + row_base, i));
-    ldmatrix_trans(v, place + value_base);
-    ldmatrix(a, place + Image::kA + square_base);
+    ldmatrix_trans(x.v, place + value_base);
+    ldmatrix(x.a, place + Image::kA + square_base);
     if constexpr (kSummary) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] &= values_count;
+      for (int i = 0; i < 4; ++i) x.v[i] &= values_count;
     }
 #pragma unroll
     for (int i = 0; i < kSteps; ++i)
       decay[i] = load_shared_floats(place + Image::kDecay + state.t * 16 + 64 * i);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) x.factor[n] = load_shared_pair(place + Image::kFactor + state.t * 8 + 32 * n);
+    return x;
+  }
+  __device__ __forceinline__ void multiply(const Values& x) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      from_v[n][0] = from_v[n][1] = from_v[n][2] = from_v[n][3] = 0.0f;
+      mma<Element>(from_v[n], x.v, x.a[2 * n], x.a[2 * n + 1]);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) from_v[n][i] *= (i & 1) == 0 ? x.factor[n].x : x.factor[n].y;
+    }
   }
 
   // What follows from S to S comes first, out behind it; it is stored during the next chunk. `ready`: the
@@ -101,8 +124,11 @@ struct ScanWarp {
     state.round(rounded);
     // Two accumulators for even and odd steps: half the latency.
     float r[2][2][4] = {}, sum[2][4] = {};
-    mma<Element>(r[1][0], v, a[0], a[1]);
-    mma<Element>(r[1][1], v, a[2], a[3]);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) r[1][n][i] = from_v[n][i];
+    }
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       mma<Element>(r[i & 1][0], rounded[i], w[i][0], w[i][1]);
@@ -133,7 +159,7 @@ struct ScanWarp {
       mma<Element>(*reinterpret_cast<float(*)[4]>(&s[8 * i]), written, keys[i][0], keys[i][1]);
       mma<Element>(*reinterpret_cast<float(*)[4]>(&s[8 * i + 4]), written, keys[i][2], keys[i][3]);
     }
-    fetch(next_place);  // behind the last chunk: nothing that is used
+    const Values next = fetch(next_place);  // behind the last chunk: nothing that is used
     if constexpr (!kSummary) {
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
@@ -143,8 +169,9 @@ struct ScanWarp {
       mma<Element>(sum[0], written, p[0], p[1]);
       mma<Element>(sum[1], written, p[2], p[3]);
       out.put(row, c > 0);
-      stage(sum);
     }
+    multiply(next);
+    if constexpr (!kSummary) stage(sum);
     barrier_arrive(full + 8);
     if constexpr (!kSummary) {
       if (!last) state.store_chunk_state(c + 1);
@@ -185,7 +212,7 @@ struct ScanWarp {
     if (chunks > 0) {
       if constexpr (!kSummary) state.store_chunk_state(0);
       barrier_wait(base + Shared::kBarriers, 0);
-      fetch(base);
+      multiply(fetch(base));
     }
     int next = 0;
     uint32_t parity = 0;

@@ -2,13 +2,15 @@
 // What the chunk kernels for Hopper share: arguments, the image of a chunk, addresses in shared memory.
 //
 // A chunk has C = 16 tokens. Per chunk and value head there is one image in shared memory (docs/math/kda.md,
-// chunked form; G = cumulative log2 decay from the chunk's start, G_C at its end, L_ij = beta_i k_i . (k_j
-// 2^(G_i - G_j)) for i > j, A = (I + L)^-1):
-//     rows      minus w = -A diag(beta) (k 2^G), then q = scale q 2^G     [2 C][K]
-//     keys      k 2^(G_C - G)                                             [C][K]
-//     P         scale q_i . k_j 2^(G_i - G_j), i >= j, else 0             [C][C]
-//     A         A diag(beta)                                              [C][C]
-//     decay     2^G_C, of every 16 channels 0 1 8 9, 2 3 10 11, 4 5 ...   [K], fp32
+// chunked form; G = cumulative log2 decay from the chunk's start, G_C at its end). k^ is a key times a power
+// of two, of length 1/2 to 1, k = f k^ the normalised one, c = beta f, L_ij = f_i k^_i . (c_j k^_j 2^(G_i -
+// G_j)) for i > j, A = (I + L)^-1:
+//     rows      minus w = -diag(c) A diag(f) (k^ 2^G), then q = scale q 2^G   [2 C][K]
+//     keys      k^ 2^(G_C - G)                                                [C][K]
+//     P         scale q_i . k^_j 2^(G_i - G_j), i >= j, else 0                [C][C]
+//     A                                                                       [C][C]
+//     decay     2^G_C, of every 16 channels 0 1 8 9, 2 3 10 11, 4 5 ...       [K], fp32
+//     factor    c                                                             [C], fp32
 // Rows and keys are in the 128-byte swizzle, [K / 64][rows][64 columns]: the 16-byte piece p of row r stands
 // at place p ^ (r % 8) of the row. P and A are in cores of 8 rows of 16 bytes, [2 row blocks][2 column
 // blocks][8][8]. Before a warp makes the image (kda_image_sm90.cuh), the raw gate lies in the place of minus
@@ -30,8 +32,10 @@ struct KdaImage {
   static constexpr int kP = kKeys + kChunk * K * 2;
   static constexpr int kA = kP + kChunk * kChunk * 2;
   static constexpr int kDecay = kA + kChunk * kChunk * 2;
-  static constexpr int kBytes = kDecay + K * 4;
+  static constexpr int kFactor = kDecay + K * 4;
+  static constexpr int kBytes = kFactor + kChunk * 4;
   static constexpr int kPlace = (kBytes + 1023) / 1024 * 1024;  // in shared memory
+  static_assert(kBytes + kChunk * 4 <= kPlace);                 // room for what making an image needs
 };
 
 // Where a chunk or a sequence lies. offsets, starts and chunks are null when all sequences are `length`
@@ -91,6 +95,13 @@ __device__ __forceinline__ KdaSequence kda_sequence(const KdaLayout& layout, int
 template <int kRows>
 __device__ __forceinline__ uint32_t swizzled(int row, int piece) {
   return (piece >> 3) * (kRows * 128) + row * 128 + (((piece & 7) ^ (row & 7)) << 4);
+}
+
+// Element [row][column] of a matrix whose rows lie `stride` elements apart. Rows and strides are in 32 bits
+// (validate() in kda_cuda.cc), so that this is one multiplication.
+template <class T>
+__device__ __forceinline__ const T* row_address(const T* matrix, int row, int64_t stride, int column = 0) {
+  return matrix + static_cast<uint64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(stride) + column;
 }
 
 // A value in two steps, so that what comes between does not wait for the load.

@@ -85,17 +85,22 @@ struct ScanShared {
 // Begins the copies of v of a chunk (cp.async, not committed), by one warp.
 template <class Element, int kRows>
 __device__ __forceinline__ void load_values(const KdaArgs& args, const ScanWork& work, int c, uint32_t to) {
-  constexpr int kPieces = kRows / 8;
-  const int lane = threadIdx.x & 31;
-  const int64_t left = work.sequence.length - static_cast<int64_t>(c) * kChunk;
-  const Element* v = static_cast<const Element*>(args.v) +
-                     (work.sequence.first + static_cast<int64_t>(c) * kChunk) * args.v_stride +
-                     work.head * args.value_dim + work.column;
+  constexpr int kPieces = kRows / 8, kAtOnce = 32 / kPieces;
+  const int lane = threadIdx.x & 31, piece = lane % kPieces, row = lane / kPieces;
+  const int token = c * kChunk, left = static_cast<int>(work.sequence.length) - token;
+  const Element* v =
+      row_address(static_cast<const Element*>(args.v), static_cast<int>(work.sequence.first) + token + row,
+                  args.v_stride, work.head * args.value_dim + work.column + piece * 8);
+  const auto copy = [&](int i, bool valid) {
+    copy_16_async(to + swizzled<16>(i * kAtOnce + row, piece),
+                  row_address(v, valid ? i * kAtOnce : 0, args.v_stride), valid);
+  };
+  if (left >= kChunk) {
 #pragma unroll
-  for (int i = 0; i < kPieces / 2; ++i) {
-    const int r = (i * 32 + lane) / kPieces, piece = (i * 32 + lane) % kPieces;
-    const bool valid = r < left;
-    copy_16_async(to + swizzled<16>(r, piece), v + (valid ? r : 0) * args.v_stride + piece * 8, valid);
+    for (int i = 0; i < kChunk / kAtOnce; ++i) copy(i, true);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kChunk / kAtOnce; ++i) copy(i, i * kAtOnce + row < left);
   }
 }
 

@@ -121,9 +121,9 @@ __device__ __forceinline__ void pipe_make(const KdaArgs& args, const KdaPipe& pi
     if (stored != nullptr && lane == 0) announce(stored, stored_bit);
     const PipeImage following = pipe_image(args, pipe, __shfl_sync(~0u, next, 0), images);
     if (following.number < images)
-      prefetch_rows<Element, K, GateElement>(args, following.head, following.first,
-                                             following.first + following.length,
-                                             static_cast<const Element*>(nullptr), 0);
+      prefetch_rows<Element, K, GateElement>(
+          args, following.head, following.head / (args.value_heads / args.heads),
+          static_cast<int>(following.first), static_cast<int>(following.first) + following.length, 0, 0);
     const uint32_t* progress = pipe.progress + own.pair * kPipeParts + min(lane, parts - 1);
     copy_wait<0>();
     __syncwarp();

@@ -93,12 +93,20 @@ int segments(const KdaCudaParams& p) {
   return most < 4 ? 1 : static_cast<int>(most);
 }
 
-// Whether images and scan run side by side in one launch.
-bool piped(const KdaCudaParams& p) { return p.plan == KdaCudaPlan::kPipe; }
-
 // Blocks of kda_pipe that scan.
 int64_t pipe_scans(const KdaCudaParams& p) {
   return static_cast<int64_t>(p.sequences) * p.value_heads * (p.value_dim / kPipeRows);
+}
+
+// Whether images and scan run side by side in one launch. Measured (docs/notes/20261125-cuda-pipe.md): faster
+// than two kernels with 32 and 40 heads from 8,192 tokens on, slower with 2,048; not with sequences of
+// different lengths or smaller heads, which have not been timed.
+constexpr int kLeastPipeChunks = 512, kLeastPipePairs = 32;
+bool piped(const KdaCudaParams& p) {
+  if (p.plan != KdaCudaPlan::kAuto) return p.plan == KdaCudaPlan::kPipe;
+  return !fused(p) && segments(p) == 1 && p.cu_seqlens == nullptr && p.key_dim == 128 && p.value_dim == 128 &&
+         p.sequences == 1 && p.value_heads >= kLeastPipePairs && p.tokens >= kLeastPipeChunks * kChunk &&
+         pipe_scans(p) < cuda_device().multiprocessors;
 }
 
 // Words of KdaPipe::ready of one head.

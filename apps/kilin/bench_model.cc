@@ -156,7 +156,9 @@ int run_prefill(const ModelBenchOptions& options) {
     });
     before += options.tokens;
   };
-  sequence.prefill(std::span(tokens).first(std::min<size_t>(tokens.size(), 64)));  // warms caches and threads
+  // A chunk of the size measured warms caches and threads, and has the system hand out all memory.
+  const auto chunk = static_cast<size_t>(options.model.prefill_chunk);
+  sequence.prefill(std::span(tokens).first(std::min(tokens.size(), chunk)));
   const Rates rates = measure_rates(
       options.bench.repeat, static_cast<double>(options.tokens), [&] { sequence.clear(); }, body);
   progress.finish();

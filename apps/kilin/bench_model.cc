@@ -121,7 +121,7 @@ nlohmann::ordered_json common_json(const char* name, const ModelBenchOptions& op
   json["tokens"] = options.tokens;
   json["threads"] = machine.threads;
   json["isa"] = isa_name(active_isa());
-  json["activations"] = options.model.activations;
+  json["activations"] = info.activations;
   json["repeats"] = options.bench.repeat;
   json["tokens_per_second"] = rates.median;
   json["tokens_per_second_range"] = to_json(rates);
@@ -130,9 +130,9 @@ nlohmann::ordered_json common_json(const char* name, const ModelBenchOptions& op
   return json;
 }
 
-std::string speed_line(const char* name, const Rates& rates) {
-  return fmt::format("{:<9} {} tokens/s (median; {} to {})\n", name, human_rate(rates.median),
-                     human_rate(rates.low), human_rate(rates.high));
+std::string speed_line(const char* name, const Rates& rates, const ModelInfo& info) {
+  return fmt::format("{:<9} {} tokens/s (median; {} to {}), activations {}\n", name, human_rate(rates.median),
+                     human_rate(rates.low), human_rate(rates.high), info.activations);
 }
 
 std::string model_line(const ModelInfo& info) {
@@ -180,7 +180,7 @@ int run_prefill(const ModelBenchOptions& options) {
     write_json_line(json);
     return 0;
   }
-  write_out(model_line(info) + describe(machine) + "\n" + speed_line("prefill", rates));
+  write_out(model_line(info) + describe(machine) + "\n" + speed_line("prefill", rates, info));
   write_out(
       fmt::format("          {} tokens, {} FLOP/token: {:.1f} GFLOP/s, {} of the machine's multiply-adds\n",
                   with_commas(options.tokens), human_count(flops_per_token), flops / 1e9,
@@ -223,7 +223,7 @@ int run_decode(const ModelBenchOptions& options) {
     write_json_line(json);
     return 0;
   }
-  write_out(model_line(info) + describe(machine) + "\n" + speed_line("decode", rates));
+  write_out(model_line(info) + describe(machine) + "\n" + speed_line("decode", rates, info));
   write_out(
       fmt::format("          {} tokens after {}, {} moved per token: {:.1f} GB/s, {} of reading memory\n",
                   with_commas(options.tokens), with_commas(options.depth), human_bytes(bytes),

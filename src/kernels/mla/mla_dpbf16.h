@@ -40,8 +40,16 @@ void pack_keys(const MlaParams& p, const Keys& keys, const KeyRows& from);
 void expanded_block(const MlaParams& p, const Keys& keys, const MlaQueries& queries);
 constexpr int64_t query_floats(const MlaParams& p) {
   const int64_t depth = panels_of(p.nope + p.rope) * kPanel;
-  return kQueryStep * ((depth + kPanel) / 2 + kKeyStep + (kKeyStep + kPanel) / 2 + panels_of(p.value) * kPanel + 16);
+  return kQueryStep *
+         ((depth + kPanel) / 2 + kKeyStep + (kKeyStep + kPanel) / 2 + panels_of(p.value) * kPanel + 16);
 }
+
+// The core of the absorbed order, as mla_piece(), for float16 caches whose rows are whole registers.
+constexpr bool piece_fits(const MlaParams& p) {
+  return p.cache_type == Dtype::kF16 && p.latent % kPanel == 0 && p.rope % kPanel == 0;
+}
+void piece(const MlaPiece& piece);
+int64_t piece_floats(const MlaParams& params, int64_t rows);
 
 // Packed float32 weights (matmul/layout.h) as packed BF16 ones, `to` of packed_bytes(kBF16).
 void round_weights(const WeightMatrix& w, void* to);

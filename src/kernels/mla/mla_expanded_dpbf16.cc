@@ -2,47 +2,25 @@
 // Compiled with AVX-512 (cmake/isa.cmake); runs only where base/cpu.h found it with bfloat16. Both products
 // run in register tiles of 12 queries x 32 keys or values, two values of the depth or two keys a step; a
 // panel of keys or values stays in L1 while the queries pass by.
-#include <immintrin.h>
-
-#include <cstring>
-
 #include "kernels/matmul/layout.h"
 #include "kernels/mla/mla_dpbf16.h"
-#include "kernels/mla/mla_simd.h"
+#include "kernels/mla/mla_dpbf16_simd.h"
 
 namespace kilin::dpbf16 {
 namespace {
 
-using namespace avx512;  // NOLINT: the SIMD vocabulary, compiled for this file's instruction set
-
 constexpr int kTile = 12;  // queries of a register tile: 24 of 32 registers are sums
 constexpr int64_t kUnit = 2 * kPanel;
-constexpr int kStepVectors = kKeyStep / kLanes;
-// A softmax weight may grow to 2^kSlack before the row's top moves, which costs passing over its sums.
-constexpr float kSlack = 8.0f;
-constexpr float kHidden = -1e30f;  // score of a key that a query does not see; finite, so that e^ of it is 0
-constexpr float kLog2E = 1.44269504f;
-
-KILIN_INLINE __m512 raw(Vec v) { return reinterpret_cast<__m512>(v); }
-
-KILIN_INLINE __m512bh load_pairs(const uint16_t* p) {
-  return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
-}
-// 32 floats to bfloat16 in order
-KILIN_INLINE __m512i round_pairs(const float* p) {
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(raw(load(p + kLanes)), raw(load(p))));
-}
-
 // For permutexvar_epi16: values 0 and 16, 1 and 17, ... beside each other.
 KILIN_INLINE __m512i pair_order() {
-  return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-                          3, 18, 2, 17, 1, 16, 0);
+  return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                          20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
 }
 
 // c[M][32] (+)= sum over units of a's pair times b's unit
 template <int M, bool kAdd>
-KILIN_INLINE void multiply_tile(int64_t units, const uint16_t* a, int64_t a_stride, const uint16_t* b, float* c,
-                                int64_t c_stride) {
+KILIN_INLINE void multiply_tile(int64_t units, const uint16_t* a, int64_t a_stride, const uint16_t* b,
+                                float* c, int64_t c_stride) {
   __m512 acc[M][2];
 #pragma GCC unroll 12
   for (int t = 0; t < M; ++t) {
@@ -54,9 +32,7 @@ KILIN_INLINE void multiply_tile(int64_t units, const uint16_t* a, int64_t a_stri
     const __m512bh b1 = load_pairs(b + u * kUnit + kPanel);
 #pragma GCC unroll 12
     for (int t = 0; t < M; ++t) {
-      int32_t pair;
-      std::memcpy(&pair, a + t * a_stride + 2 * u, 4);
-      const auto v = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+      const __m512bh v = splat_pair(a + t * a_stride + 2 * u);
       acc[t][0] = _mm512_dpbf16_ps(acc[t][0], b0, v);
       acc[t][1] = _mm512_dpbf16_ps(acc[t][1], b1, v);
     }
@@ -69,29 +45,17 @@ KILIN_INLINE void multiply_tile(int64_t units, const uint16_t* a, int64_t a_stri
 }
 
 template <bool kAdd, int M = kTile>
-void multiply_rows(int64_t rows, int64_t units, const uint16_t* a, int64_t a_stride, const uint16_t* b, float* c,
-                   int64_t c_stride) {
+void multiply_rows(int64_t rows, int64_t units, const uint16_t* a, int64_t a_stride, const uint16_t* b,
+                   float* c, int64_t c_stride) {
   if constexpr (M > 1) {
     if (rows < M) return multiply_rows<kAdd, M - 1>(rows, units, a, a_stride, b, c, c_stride);
   }
   multiply_tile<M, kAdd>(units, a, a_stride, b, c, c_stride);
 }
 
-// 2^x for x <= kSlack within 5e-6, 0 for very small ones: x = n + r, |r| <= 1/2, minimax polynomial in r.
-KILIN_INLINE __m512 exp2_down(__m512 x) {
-  const __m512 n = _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 r = x - n;
-  __m512 p = _mm512_set1_ps(9.6181291e-3f);
-  p = p * r + _mm512_set1_ps(5.5504109e-2f);
-  p = p * r + _mm512_set1_ps(2.4022651e-1f);
-  p = p * r + _mm512_set1_ps(6.9314718e-1f);
-  p = p * r + _mm512_set1_ps(1.0f);
-  return _mm512_maskz_scalef_ps(0xffff, p, n);
-}
-
 // What a task keeps while it goes over a block of keys.
 struct Work {
-  uint16_t* queries;  // [count][query_stride], scaled
+  uint16_t* queries;  // [count][query_stride]
   int64_t query_stride;
   float* scores;      // [count][kKeyStep]
   uint16_t* weights;  // [count][kWeightStride]
@@ -114,19 +78,17 @@ Work make_work(const MlaParams& p, float* scratch) {
   return w;
 }
 
-// The queries, times scale log2(e), as bfloat16 with zeros behind them.
+// The queries as bfloat16 with zeros behind them.
 void round_queries(const MlaParams& p, const MlaQueries& t, const Work& w) {
   const int64_t depth = p.nope + p.rope;
-  const Vec factor = splat(p.scale * kLog2E);
   for (int64_t r = 0; r < t.q_end - t.q_begin; ++r) {
     const float* from = p.q + ((t.sequence->first + t.q_begin + r) * p.heads + t.head) * depth;
     uint16_t* to = w.queries + r * w.query_stride;
     for (int64_t c = 0; c < depth; c += kPanel) {
       const auto part = [&](int64_t at) {
-        return load_part(from + at, static_cast<int>(at >= depth ? 0 : least(kLanes, depth - at))) * factor;
+        return load_part(from + at, static_cast<int>(at >= depth ? 0 : least(kLanes, depth - at)));
       };
-      const __m512bh pairs = _mm512_cvtne2ps_pbh(raw(part(c + kLanes)), raw(part(c)));
-      std::memcpy(to + c, &pairs, sizeof pairs);
+      _mm512_storeu_si512(to + c, round_pairs(part(c), part(c + kLanes)));
     }
   }
 }
@@ -153,48 +115,6 @@ void end_rows(const MlaParams& p, const MlaQueries& t, bool last, float* out, co
     if (last) scale_row(w.values, 1.0f / t.sum[r], context);
     std::memcpy(out + r * p.heads * p.value, context, static_cast<size_t>(p.value) * sizeof(float));
   }
-}
-
-// The row's new top is `best`, in the units of its scores: what was summed before shrinks.
-void raise_top(float best, float& top, const Work& w, int64_t row) {
-  const float correction = top == kMinusInfinity ? 0.0f : exp2_down(_mm512_set1_ps(top - best))[0];
-  scale_row(w.values, correction, w.contexts + row * w.values);
-  scale_row(kLanes, correction, w.sums + row * kLanes);
-  top = best;
-}
-
-// One step of a row's softmax: scores of kKeyStep keys, of which it sees the first `visible` (1 at least), to
-// weights; zeros for the others. Sums take the weights as they are rounded.
-void softmax_row(int64_t visible, const Work& w, int64_t row, float& top) {
-  const float* scores = w.scores + row * kKeyStep;
-  __m512 s[kStepVectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < kStepVectors; ++i) s[i] = _mm512_loadu_ps(scores + i * kLanes);
-  if (visible < kKeyStep) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kStepVectors; ++i) {
-      const int64_t seen = visible - i * kLanes;
-      const auto mask = static_cast<__mmask16>(seen >= kLanes ? 0xffff : seen <= 0 ? 0 : (1 << seen) - 1);
-      s[i] = _mm512_mask_mov_ps(_mm512_set1_ps(kHidden), mask, s[i]);
-    }
-  }
-  Vec best = reinterpret_cast<Vec>(s[0]);
-#pragma GCC unroll 8
-  for (int i = 1; i < kStepVectors; ++i) best = max(best, reinterpret_cast<Vec>(s[i]));
-  if (_mm512_cmp_ps_mask(raw(best), _mm512_set1_ps(top + kSlack), _CMP_GT_OQ) != 0) {
-    raise_top(reduce_max(best), top, w, row);
-  }
-  const __m512 shift = _mm512_set1_ps(top);
-  const auto ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
-  __m512 sum = _mm512_loadu_ps(w.sums + row * kLanes);
-  uint16_t* weights = w.weights + row * kWeightStride;
-#pragma GCC unroll 4
-  for (int i = 0; i < kStepVectors; i += 2) {
-    const __m512bh pairs = _mm512_cvtne2ps_pbh(exp2_down(s[i + 1] - shift), exp2_down(s[i] - shift));
-    sum = _mm512_dpbf16_ps(sum, pairs, ones);
-    std::memcpy(weights + i * kLanes, &pairs, sizeof pairs);
-  }
-  _mm512_storeu_ps(w.sums + row * kLanes, sum);
 }
 
 // Rows [first, count) in tiles of equal height.
@@ -235,11 +155,13 @@ void pack_keys(const MlaParams& p, const Keys& keys, const KeyRows& from) {
         } else if (c >= p.nope && c + kPanel <= p.nope + p.rope) {
           std::memcpy(rows[k], from.latents + row * width + p.latent + c - p.nope, kPanel * sizeof(float));
         } else {
-          for (int64_t i = 0; i < kPanel; ++i) rows[k][i] = c + i < p.nope + p.rope ? value_of(row, c + i) : 0;
+          for (int64_t i = 0; i < kPanel; ++i)
+            rows[k][i] = c + i < p.nope + p.rope ? value_of(row, c + i) : 0;
         }
       }
       Vec pairs[kLanes];
-      for (int k = 0; k < kLanes; ++k) pairs[k] = reinterpret_cast<Vec>(round_pairs(rows[k]));
+      for (int k = 0; k < kLanes; ++k)
+        pairs[k] = reinterpret_cast<Vec>(round_pairs(load(rows[k]), load(rows[k] + kLanes)));
       transpose(pairs);
       for (int64_t i = 0; i < kLanes; ++i) std::memcpy(panel + (c / 2 + i) * kUnit + 2 * half, &pairs[i], 64);
     }
@@ -254,8 +176,7 @@ void pack_keys(const MlaParams& p, const Keys& keys, const KeyRows& from) {
       const auto row = [&](int64_t k) {
         return k < from.rows && c < values ? load(from.values + k * values + c) : zero();
       };
-      const auto pair = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(raw(row(j + 1)), raw(row(j))));
-      _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, pair));
+      _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, round_pairs(row(j), row(j + 1))));
     }
   }
 }
@@ -280,10 +201,13 @@ void expanded_block(const MlaParams& p, const Keys& keys, const MlaQueries& t) {
                              w.scores + r * kKeyStep + i, kKeyStep);
       });
     }
-    for (int64_t r = first; r < count; ++r) softmax_row(least(n, past + r + 1 - j), w, r, t.top[r]);
+    for (int64_t r = first; r < count; ++r) {
+      const SoftmaxRow softmax{t.top + r, w.sums + r * kLanes, w.contexts + r * w.values, w.values};
+      softmax_row<kKeyStep / kLanes>(least(n, past + r + 1 - j), kLog2E * p.scale, w.scores + r * kKeyStep,
+                                     softmax, w.weights + r * kWeightStride);
+    }
     for (int64_t c = 0; c < w.values; c += kPanel) {
-      const uint16_t* panel =
-          keys.values + ((t.head * w.values + c) * keys.capacity) + row * kPanel;
+      const uint16_t* panel = keys.values + ((t.head * w.values + c) * keys.capacity) + row * kPanel;
       for_tiles(first, count, [&](int64_t r, int64_t rows) {
         const int64_t seen = least(n, past + r + rows - j);  // by the last of the tile
         multiply_rows<true>(rows, (seen + 1) / 2, w.weights + r * kWeightStride, kWeightStride, panel,
@@ -301,7 +225,8 @@ void round_weights(const WeightMatrix& w, void* to) {
   auto* at = static_cast<uint16_t*>(to);
   const __m512i order = pair_order();
   for (int64_t i = 0; i < panels * pairs; ++i) {
-    _mm512_storeu_si512(at + i * 32, _mm512_permutexvar_epi16(order, round_pairs(from + i * 32)));
+    const __m512i rounded = round_pairs(load(from + i * 32), load(from + i * 32 + kLanes));
+    _mm512_storeu_si512(at + i * 32, _mm512_permutexvar_epi16(order, rounded));
   }
 }
 

@@ -13,12 +13,8 @@
 
 namespace kilin {
 
-bool mla_rounds([[maybe_unused]] const MlaParams& p) {
-#if defined(__x86_64__)
-  return p.activations == Activations::kRounded && active_isa() == Isa::kAvx512 && fast_bf16_products();
-#else
-  return false;
-#endif
+bool mla_rounds(const MlaParams& p) {
+  return rounds(p.value_up->dtype, p.activations) && fast_bf16_products();
 }
 
 #if defined(__x86_64__)
@@ -44,11 +40,11 @@ class RoundedExpansion {
   const MlaParams* p_ = nullptr;
   const MlaSequence* s_ = nullptr;
   dpbf16::Keys block_{};
-  float* latents_ = nullptr;  // of a slice: [kSliceKeys][mla_padded(latent + rope)]
-  float* keys_ = nullptr;     // of a slice: [heads][kSliceKeys][nope]
-  float* values_ = nullptr;   // of a slice: [heads][kSliceKeys][mla_padded(value)]
-  float* top_ = nullptr;      // [heads][count]
-  float* sum_ = nullptr;      // [heads][count]
+  float* latents_ = nullptr;            // of a slice: [kSliceKeys][mla_padded(latent + rope)]
+  float* keys_ = nullptr;               // of a slice: [heads][kSliceKeys][nope]
+  float* values_ = nullptr;             // of a slice: [heads][kSliceKeys][mla_padded(value)]
+  float* top_ = nullptr;                // [heads][count]
+  float* sum_ = nullptr;                // [heads][count]
   std::vector<WeightMatrix> matrices_;  // [heads] keys, [heads] values
   std::vector<MatmulJob> jobs_;
   Scratch<uint16_t> block_memory_;
@@ -88,8 +84,8 @@ void RoundedExpansion::multiply_out(int64_t begin, int64_t end, ThreadPool& pool
   mla_load_latents(p, *s_, begin, end, latents_, pool);
   jobs_.clear();
   for (int64_t h = 0; h < p.heads; ++h) {
-    jobs_.push_back({keys, latents_, width, matrices_[static_cast<size_t>(h)], keys_ + h * kSliceKeys * p.nope,
-                     p.nope});
+    jobs_.push_back(
+        {keys, latents_, width, matrices_[static_cast<size_t>(h)], keys_ + h * kSliceKeys * p.nope, p.nope});
     jobs_.push_back({keys, latents_, width, matrices_[static_cast<size_t>(p.heads + h)],
                      values_ + h * kSliceKeys * values, values});
   }
@@ -135,7 +131,8 @@ void RoundedExpansion::run(const MlaParams& p, const MlaSequence& s, ThreadPool&
   const int64_t per_key = dpbf16::keys_values(p);
   const int64_t fitting = kBlockValues / per_key / kSliceKeys * kSliceKeys;
   const int64_t step = std::clamp(fitting, kLeastKeys, kMostKeys);
-  const int64_t capacity = std::min(step, (keys + dpbf16::kKeyStep - 1) / dpbf16::kKeyStep * dpbf16::kKeyStep);
+  const int64_t capacity =
+      std::min(step, (keys + dpbf16::kKeyStep - 1) / dpbf16::kKeyStep * dpbf16::kKeyStep);
   block_.capacity = capacity;
   block_.keys = block_memory_.get(static_cast<size_t>(capacity * per_key));
   block_.values = block_.keys + capacity * p.heads * dpbf16::kPanel * dpbf16::panels_of(p.nope + p.rope);

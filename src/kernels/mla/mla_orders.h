@@ -12,7 +12,7 @@ void mla_expand(const MlaParams& params, const MlaSequence& sequence, ThreadPool
 bool mla_rounds(const MlaParams& params);
 void mla_expand_rounded(const MlaParams& params, const MlaSequence& sequence, ThreadPool& pool);
 // Cache rows [begin, end) of a sequence as float32, rows mla_padded(latent + rope) apart.
-void mla_load_latents(const MlaParams& params, const MlaSequence& sequence, int64_t begin, int64_t end, float* to,
-                      ThreadPool& pool);
+void mla_load_latents(const MlaParams& params, const MlaSequence& sequence, int64_t begin, int64_t end,
+                      float* to, ThreadPool& pool);
 
 }  // namespace kilin

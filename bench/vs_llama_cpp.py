@@ -12,7 +12,8 @@ written by kilin itself from configs/bench/twelve-layers.json with random weight
 
 The machine's speed may change between measurements (a shared host halves it for minutes): float32 multiply-adds are
 measured before and after each pair, and a pair is taken again, five times at most (--attempts), when they differ from the
-best seen by more than 12 %. The column "quiet" says whether that worked.
+best seen by more than 12 %, or when other processes took more than 5 % of the processors during either program. The column
+"quiet" says whether that worked.
 
 --cases: all four by default. --activations: Kilin's --activations, several with commas; each makes a pair of its own. The
 column "activations" is what they came to ("auto", the default, is rounded with quantised weights where that is faster).
@@ -23,10 +24,13 @@ active weights, state and cache), prefill of the measured float32 multiply-adds.
 """
 import argparse
 import json
+import os
 import pathlib
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CASES = {"prefill-2048": ("prefill", 2048), "prefill-8192": ("prefill", 8192), "decode-0": ("decode", 0),
@@ -35,9 +39,36 @@ CASES = {"prefill-2048": ("prefill", 2048), "prefill-8192": ("prefill", 8192), "
 TARGETS = {"bf16": (2.5, 3.0, 1.45, 2.4), "q8_0": (4.0, 5.0, 1.9, 3.5), "q4_0": (3.5, 4.0, 2.3, 4.5)}
 
 
+class Machine:
+    """What other processes took of the processors, at most, since the last clear()."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        self.others = 0.0
+
+    @staticmethod
+    def now():
+        """Seconds: the clock, all processes' processor time, our children's."""
+        ticks = [int(x) for x in open("/proc/stat").readline().split()[1:9]]
+        busy = sum(ticks) - ticks[3] - ticks[4]  # all but idle and waiting for disks
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.monotonic(), busy / os.sysconf("SC_CLK_TCK"), children.ru_utime + children.ru_stime
+
+    def watch(self, before):
+        wall, busy, children = (b - a for a, b in zip(before, self.now()))
+        self.others = max(self.others, (busy - children) / (wall * os.cpu_count()))
+
+
+MACHINE = Machine()
+
+
 def run(command):
     print("+", " ".join(map(str, command)), file=sys.stderr)
+    before = MACHINE.now()
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    MACHINE.watch(before)
     if done.returncode != 0:
         sys.exit(f"vs_llama_cpp: exit {done.returncode}: {' '.join(map(str, command))}\n{done.stderr[-2000:]}")
     return done.stdout
@@ -77,6 +108,7 @@ def speed(options):
 def pair(options, file, what, size, activations, best):
     """One case on both programs, at the same speed of the machine: ours, theirs, quiet, best speed seen."""
     for _ in range(options.attempts):
+        MACHINE.clear()
         speeds = [speed(options)]
         if what == "prefill":
             ours = kilin(options, file, "prefill", "--tokens", size, "--activations", activations)
@@ -89,7 +121,8 @@ def pair(options, file, what, size, activations, best):
             theirs = llama(options, file, 0, 64 if size == 0 else 16, size)
         speeds.append(speed(options))
         best = max([best, *speeds])
-        if min(speeds) > 0.88 * best:
+        print(f"others took {100 * MACHINE.others:.1f} %, speeds {speeds}", file=sys.stderr)
+        if min(speeds) > 0.88 * best and MACHINE.others < 0.05:
             return ours, theirs, True, best
     return ours, theirs, False, best
 
@@ -131,8 +164,8 @@ def main():
     for r in rows:
         name = f"decode at {r['size']:,}" if r["what"] == "decode" else f"prefill {r['size']:,}"
         machine = f"{r['bandwidth'] / 1e9:.1f} GB/s, {r['peak'] / 1e9:.0f} GFLOP/s"
-        print(f"| {r['type']} | {name} | {r['activations']} | {r['kilin']:.1f} | {r['llama']:.1f} | {r['ratio']:.2f} | {r['target'] or ''} | "
-              f"{r['share']} | {machine} | {'yes' if r['quiet'] else 'no'} |")
+        print(f"| {r['type']} | {name} | {r['activations']} | {r['kilin']:.1f} | {r['llama']:.1f} | {r['ratio']:.2f} | "
+              f"{r['target'] or ''} | {r['share']} | {machine} | {'yes' if r['quiet'] else 'no'} |")
     print(json.dumps({"bench": "vs_llama_cpp", "threads": options.threads, "rows": rows}))
 
 

@@ -16,7 +16,7 @@ constexpr int64_t kScoreLines = 20;
 static_assert(kMlaRowTile == kRows);
 
 struct Work {
-  uint16_t* queries;  // [padded rows][width]
+  uint16_t* queries;  // [padded rows][whole_steps(width)]
   float* scores;      // [padded rows][kMlaKeyBlock]
   uint16_t* weights;  // [padded rows][kWeightStride]
   float* sums;        // [rows][kLanes]
@@ -38,6 +38,7 @@ struct Block {
     return first;
   }
 };
+constexpr int64_t whole_steps(int64_t width) { return (width + kStep - 1) / kStep * kStep; }
 KILIN_INLINE void ask(const char* line) { __builtin_prefetch(line, 0, 2); }
 
 // 32 float16 as bfloat16, in order
@@ -58,7 +59,8 @@ KILIN_INLINE Vec reduce_lanes(const Vec (&v)[kCount]) {
   }
 }
 
-// scores[r][0..2) = q[r] . keys 0 and 1, rows of q `width` apart
+// scores[r][0..2) = q[r] . keys 0 and 1; rows of q whole steps, zeros behind the width, which may end
+// half-way
 template <bool kPrefetch>
 KILIN_INLINE void score_tile(int64_t width, const uint16_t* q, const char* key0, const char* key1,
                              float* scores, const char* ahead) {
@@ -68,17 +70,22 @@ KILIN_INLINE void score_tile(int64_t width, const uint16_t* q, const char* key0,
   if constexpr (kPrefetch) {
     for (int64_t i = width / kStep; i < kScoreLines; ++i) ask(ahead + i * 64);
   }
-  for (int64_t c = 0; c < width; c += kStep) {
-    const __m512bh k0 = pairs_of(load_rounded(key0 + 2 * c));
-    const __m512bh k1 = pairs_of(load_rounded(key1 + 2 * c));
+  const int64_t stride = whole_steps(width);
+  const auto step = [&](int64_t c, __m512i k0, __m512i k1) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m512bh query = load_pairs(q + r * width + c);
-      acc[2 * r] = _mm512_dpbf16_ps(acc[2 * r], k0, query);
-      acc[2 * r + 1] = _mm512_dpbf16_ps(acc[2 * r + 1], k1, query);
+      const __m512bh query = load_pairs(q + r * stride + c);
+      acc[2 * r] = _mm512_dpbf16_ps(acc[2 * r], pairs_of(k0), query);
+      acc[2 * r + 1] = _mm512_dpbf16_ps(acc[2 * r + 1], pairs_of(k1), query);
     }
+  };
+  int64_t c = 0;
+  for (; c + kStep <= width; c += kStep) {
+    step(c, load_rounded(key0 + 2 * c), load_rounded(key1 + 2 * c));
     if constexpr (kPrefetch) ask(ahead + 2 * c);
   }
+  if (c < width)
+    step(c, round_pairs(load_f16(key0 + 2 * c), zero()), round_pairs(load_f16(key1 + 2 * c), zero()));
   Vec sums[2 * kRows];
 #pragma GCC unroll 16
   for (int i = 0; i < 2 * kRows; ++i) sums[i] = reinterpret_cast<Vec>(acc[i]);
@@ -153,7 +160,7 @@ Block block_at(const MlaPiece& t, int64_t begin) {
 void block_scores(const MlaPiece& t, Block& block, const Work& w) {
   const int64_t width = t.params->latent + t.params->rope;
   for (int64_t r = 0; r < t.rows; r += kRows) {
-    const uint16_t* q = w.queries + r * width;
+    const uint16_t* q = w.queries + r * whole_steps(width);
     for (int64_t j = 0; j < block.keys; j += 2) {
       float* scores = w.scores + r * kMlaKeyBlock + j;
       const char* lines = block.take(kScoreLines);
@@ -196,7 +203,8 @@ Work begin_piece(const MlaPiece& t) {
   for (int64_t r = 0; r < padded; ++r) {
     const float* from = t.queries + least(r, t.rows - 1) * stride;
     for (int64_t c = 0; c < width; c += kStep) {
-      _mm512_storeu_si512(w.queries + r * width + c, round_pairs(load(from + c), load(from + c + kLanes)));
+      const Vec second = c + kLanes < width ? load(from + c + kLanes) : zero();
+      _mm512_storeu_si512(w.queries + r * whole_steps(width) + c, round_pairs(load(from + c), second));
     }
     w.tops[r] = kMinusInfinity;
     store(w.sums + r * kLanes, zero());
@@ -210,7 +218,8 @@ Work begin_piece(const MlaPiece& t) {
 
 int64_t piece_floats(const MlaParams& p, int64_t rows) {
   const int64_t padded = mla_padded_rows(rows);
-  return padded * (kMlaKeyBlock + kLanes + (kWeightStride + p.latent + p.rope) / 2) + mla_padded(padded);
+  return padded * (kMlaKeyBlock + kLanes + (kWeightStride + whole_steps(p.latent + p.rope)) / 2) +
+         mla_padded(padded);
 }
 
 void piece(const MlaPiece& t) {

@@ -47,8 +47,8 @@ class MlaRounded : public ::testing::TestWithParam<std::tuple<Isa, Dtype>> {
   ThreadPool pool_{2};
 };
 
-constexpr Shape kShapes[] = {{4, 32, 32, 32, 64}, {2, 16, 8, 16, 32},  {3, 20, 6, 12, 44},
-                             {1, 7, 0, 5, 24},    {32, 16, 0, 16, 32}, {2, 128, 64, 128, 512},
+constexpr Shape kShapes[] = {{4, 32, 32, 32, 64}, {2, 16, 8, 16, 32},   {3, 20, 6, 12, 44},
+                             {1, 7, 0, 5, 24},    {32, 16, 16, 16, 32}, {2, 128, 64, 128, 512},
                              {9, 48, 32, 80, 64}, {37, 16, 0, 33, 128}};
 
 TEST_P(MlaRounded, both_orders_agree_with_the_definition_at_every_length) {

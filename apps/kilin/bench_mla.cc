@@ -49,6 +49,7 @@ struct MlaBenchOptions {
   int queries = 1;
   std::string cache_type = "f16";
   std::string order = "auto";
+  std::string activations = "exact";
 };
 
 struct Free {
@@ -70,6 +71,7 @@ class Inputs {
     p_.latent = options.latent;
     p_.scale = 1.0f / std::sqrt(static_cast<float>(options.nope + options.rope));
     p_.cache_type = options.cache_type == "f16" ? Dtype::kF16 : Dtype::kF32;
+    p_.activations = options.activations == "exact" ? Activations::kExact : Activations::kRounded;
     p_.page_tokens = kPageTokens;
     p_.page_stride = p_.latent + p_.rope;
     pack(k_absorb_, p_.latent, p_.nope);
@@ -183,6 +185,7 @@ nlohmann::ordered_json to_json(const Result& result, const MlaBenchOptions& opti
   json["depth"] = options.depth;
   json["queries"] = options.queries;
   json["cache_type"] = options.cache_type;
+  json["activations"] = options.activations;
   json["order"] = result.expanded ? "expanded" : "absorbed";
   json["threads"] = machine.threads;
   json["isa"] = isa_name(active_isa());
@@ -249,6 +252,11 @@ Command add_bench_mla(const App& parent) {
   app.add_option("--order", options->order, "auto (as the engine chooses), absorbed or expanded")
       .type_name("NAME")
       .check(one_of({"auto", "absorbed", "expanded"}))
+      .capture_default_str();
+  app.add_option("--activations", options->activations,
+                 "exact, or rounded to bfloat16 where this machine is faster at it")
+      .type_name("HOW")
+      .check(one_of({"exact", "rounded"}))
       .capture_default_str();
   add_bench_options(app, options->bench);
   add_threads_option(app, options->bench.threads);

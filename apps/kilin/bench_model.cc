@@ -121,7 +121,7 @@ nlohmann::ordered_json common_json(const char* name, const ModelBenchOptions& op
   json["tokens"] = options.tokens;
   json["threads"] = machine.threads;
   json["isa"] = isa_name(active_isa());
-  json["activations"] = options.model.activations;
+  json["activations"] = info.activations;
   json["repeats"] = options.bench.repeat;
   json["tokens_per_second"] = rates.median;
   json["tokens_per_second_range"] = to_json(rates);
@@ -130,9 +130,9 @@ nlohmann::ordered_json common_json(const char* name, const ModelBenchOptions& op
   return json;
 }
 
-std::string speed_line(const char* name, const Rates& rates) {
-  return fmt::format("{:<9} {} tokens/s (median; {} to {})\n", name, human_rate(rates.median),
-                     human_rate(rates.low), human_rate(rates.high));
+std::string speed_line(const char* name, const Rates& rates, const ModelInfo& info) {
+  return fmt::format("{:<9} {} tokens/s (median; {} to {}), activations {}\n", name, human_rate(rates.median),
+                     human_rate(rates.low), human_rate(rates.high), info.activations);
 }
 
 std::string model_line(const ModelInfo& info) {
@@ -156,7 +156,9 @@ int run_prefill(const ModelBenchOptions& options) {
     });
     before += options.tokens;
   };
-  sequence.prefill(std::span(tokens).first(std::min<size_t>(tokens.size(), 64)));  // warms caches and threads
+  // A chunk of the size measured warms caches and threads, and has the system hand out all memory.
+  const auto chunk = static_cast<size_t>(options.model.prefill_chunk);
+  sequence.prefill(std::span(tokens).first(std::min(tokens.size(), chunk)));
   const Rates rates = measure_rates(
       options.bench.repeat, static_cast<double>(options.tokens), [&] { sequence.clear(); }, body);
   progress.finish();
@@ -178,7 +180,7 @@ int run_prefill(const ModelBenchOptions& options) {
     write_json_line(json);
     return 0;
   }
-  write_out(model_line(info) + describe(machine) + "\n" + speed_line("prefill", rates));
+  write_out(model_line(info) + describe(machine) + "\n" + speed_line("prefill", rates, info));
   write_out(
       fmt::format("          {} tokens, {} FLOP/token: {:.1f} GFLOP/s, {} of the machine's multiply-adds\n",
                   with_commas(options.tokens), human_count(flops_per_token), flops / 1e9,
@@ -221,7 +223,7 @@ int run_decode(const ModelBenchOptions& options) {
     write_json_line(json);
     return 0;
   }
-  write_out(model_line(info) + describe(machine) + "\n" + speed_line("decode", rates));
+  write_out(model_line(info) + describe(machine) + "\n" + speed_line("decode", rates, info));
   write_out(
       fmt::format("          {} tokens after {}, {} moved per token: {:.1f} GB/s, {} of reading memory\n",
                   with_commas(options.tokens), with_commas(options.depth), human_bytes(bytes),

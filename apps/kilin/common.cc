@@ -83,10 +83,11 @@ void add_cache_options(const App& app, ModelArguments& arguments) {
       .check(one_of({"f16", "f32"}))
       .capture_default_str()
       .group("Engine");
-  app.add_option("--activations", arguments.activations,
-                 "in prefill exact, or rounded to 8 bits as llama.cpp does: faster without AMX")
+  app.add_option(
+         "--activations", arguments.activations,
+         "exact, or rounded to 8 bits as llama.cpp does (faster without AMX); auto: rounded if weights are")
       .type_name("HOW")
-      .check(one_of({"exact", "rounded"}))
+      .check(one_of({"auto", "exact", "rounded"}))
       .capture_default_str()
       .group("Engine");
   app.add_flag("--pin", arguments.pin, "bind each thread to a core").group("Engine");

@@ -20,7 +20,7 @@ struct ModelArguments {
   std::string compatibility = "transformers";
   int64_t prefill_chunk = 2048;
   std::string cache_type = "f16";
-  std::string activations = "exact";
+  std::string activations = "auto";
   bool pin = false;
   std::vector<std::string> lora;  // DIR or DIR:SCALE
 };

@@ -52,6 +52,7 @@ nlohmann::ordered_json to_json(const Model& model) {
   json["active_parameters"] = info.active_parameters;
   json["weight_bytes"] = info.weight_bytes;
   json["active_weight_bytes"] = info.active_weight_bytes;
+  json["activations"] = info.activations;
   json["state_bytes_per_sequence"] = info.state_bytes_per_sequence;
   json["cache_bytes_per_token"] = info.cache_bytes_per_token;
   for (const auto& [name, length] : kLengths) {

@@ -39,10 +39,11 @@ struct ModelOptions {
   // What a position of an MLA layer is kept in: "f16" takes half the memory and the time of reading it, "f32"
   // is exact and takes any value (float16 ends at 65,504: beyond it prefill and decode throw).
   std::string cache_type = "f16";
-  // "exact": 16 bits or more of each activation, so that prefill and decode agree. "rounded": in products of
-  // 17 tokens and more bfloat16 with BF16 weights and 8-bit integers with quantised ones, as llama.cpp has
-  // them everywhere, where this machine is faster at it (AVX-512 without AMX).
-  std::string activations = "exact";
+  // "rounded": where this machine is faster at it (AVX-512 without AMX), products of 17 tokens and more round
+  // their activations to 8-bit integers with quantised weights, as llama.cpp has them everywhere, to bfloat16
+  // with BF16 ones, and latent attention is bfloat16. "exact": nowhere, so that prefill and decode agree.
+  // "auto": rounded with quantised weights, exact with the others.
+  std::string activations = "auto";
   // Bind each thread to a physical core, the one that loads the model too (until the model is gone).
   bool pin_threads = false;
   int64_t prefill_chunk = 2048;  // tokens computed at once in prefill: bounds the memory of activations
@@ -70,6 +71,8 @@ struct ModelInfo {
   int64_t weight_bytes = 0;       // as stored and mapped
   int64_t active_weight_bytes =
       0;  // that a token reads in decode (chosen experts, head; not the embedding table)
+  std::string
+      activations;  // "rounded" or "exact": what ModelOptions::activations comes to, here with this model
   int64_t state_bytes_per_sequence = 0;  // KDA/GDN states and convolution states: constant in length
   int64_t cache_bytes_per_token = 0;     // MLA latents of all MLA layers, in the cache's type
   std::vector<std::pair<std::string, std::string>>

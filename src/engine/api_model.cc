@@ -65,15 +65,23 @@ std::vector<int32_t> find_end_ids(const Config& config, const std::vector<int64_
   return ids;
 }
 
+std::optional<Activations> activations_of(std::string_view name) {
+  if (name == "auto") return Activations::kAuto;
+  if (name == "exact") return Activations::kExact;
+  if (name == "rounded") return Activations::kRounded;
+  return std::nullopt;
+}
+
 EngineOptions engine_options(const ModelOptions& options) {
   check(options.threads >= 0 && options.threads <= 1024, "threads: found {}, expected 0 (all cores) to 1024",
         options.threads);
   check(options.cache_type == "f16" || options.cache_type == "f32",
         "cache type: found '{}', expected f16 or f32", options.cache_type);
-  check(options.activations == "exact" || options.activations == "rounded",
-        "activations: found '{}', expected exact or rounded", options.activations);
+  const auto activations = activations_of(options.activations);
+  check(activations.has_value(), "activations: found '{}', expected auto, exact or rounded",
+        options.activations);
   return {options.threads, options.cache_type == "f16" ? Dtype::kF16 : Dtype::kF32, options.pin_threads,
-          options.activations == "exact" ? Activations::kExact : Activations::kRounded};
+          *activations};
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine/engine.h"
 
+#include <algorithm>
+
 #include "base/cpu.h"
 #include "base/error.h"
 #include "kernels/norm/norm.h"
@@ -13,6 +15,13 @@ Engine::Engine(LoadedModel model, const EngineOptions& options)
       cache_(model_.config(), options.cache_type),
       pool_(options.threads > 0 ? options.threads : physical_cores(), options.pin_threads),
       ops_(model_, cache_, pool_, options.activations) {}
+
+bool Engine::rounds_activations() const {
+  const auto& table = model_.table();
+  return std::any_of(table.begin(), table.end(), [&](const NamedWeight& w) {
+    return w.view.shape.size() > 1 && rounds(w.view.dtype, ops_.activations());
+  });
+}
 
 std::span<const float> Engine::forward(const Batch& batch) {
   ops_.begin(batch);

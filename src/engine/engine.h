@@ -12,10 +12,11 @@
 namespace kilin {
 
 struct EngineOptions {
-  int threads = 0;                                // 0: the physical cores
-  Dtype cache_type = Dtype::kF16;                 // of MLA latents: kF16, or kF32 to be exact
-  bool pin_threads = false;                       // bind threads to cores (base/thread_pool.h)
-  Activations activations = Activations::kExact;  // of products with many tokens, but for the router's
+  int threads = 0;                 // 0: the physical cores
+  Dtype cache_type = Dtype::kF16;  // of MLA latents: kF16, or kF32 to be exact
+  bool pin_threads = false;        // bind threads to cores (base/thread_pool.h)
+  // of products with many tokens, but for the router's, and of latent attention
+  Activations activations = Activations::kAuto;
 };
 
 // A loaded model, its cache and its threads: computes one batch at a time. Not thread-safe.
@@ -29,6 +30,8 @@ class Engine {
   const Cache& cache() const { return cache_; }
   ThreadPool& pool() { return pool_; }
   int threads() const { return pool_.size(); }
+  // Whether products with some of the weights round their activations (kernels/matmul/matmul.h).
+  bool rounds_activations() const;
 
   // Moves the batch's sequences on. Returns logits [wanted rows][vocab], valid until the next call. Throws
   // Error if logits are not finite, naming the weight tensor to blame if there is one.

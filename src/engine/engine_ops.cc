@@ -189,6 +189,7 @@ EngineTensor EngineOps::mla_mix(const Tensor& q, const Tensor& kv, const MlaWeig
   p.k_expand = heads.k_expand.data();
   p.value_up = heads.value_up.data();
   p.cache_type = cache_.latent_type();
+  p.activations = activations_;
   p.out = out.data;
   mla_attention(p, pool_);
   return out;

@@ -32,6 +32,7 @@ class EngineOps {
   EngineOps(const LoadedModel& model, Cache& cache, ThreadPool& pool, Activations activations)
       : model_(model), config_(model.config()), cache_(cache), pool_(pool), activations_(activations) {}
 
+  Activations activations() const { return activations_; }
   // The batch and the arena's content are valid until the next begin().
   void begin(const Batch& batch);
   void set_observer(Observer observer) { observer_ = std::move(observer); }

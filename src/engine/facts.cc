@@ -74,6 +74,7 @@ std::vector<std::pair<std::string, std::string>> details(const Engine& engine, c
                                          c.moe.renormalize ? "renormalised" : "not renormalised", c.moe.scale,
                                          c.moe.biased_weights ? "with" : "without"));
   }
+  d.emplace_back("activations", engine.rounds_activations() ? "rounded in products of many tokens" : "exact");
   d.emplace_back("head", c.tied_head ? "tied to the embedding" : "own");
   for (const LoraAdapter& adapter : engine.model().lora().adapters()) {
     d.emplace_back("adapter",
@@ -108,6 +109,7 @@ ModelInfo model_facts(const Engine& engine, const std::string& path) {
   info.active_weight_bytes = static_cast<int64_t>(totals.active_bytes);
   info.state_bytes_per_sequence = engine.cache().state_bytes();
   info.cache_bytes_per_token = engine.cache().bytes_per_token();
+  info.activations = engine.rounds_activations() ? "rounded" : "exact";
   info.details = details(engine, totals);
   return info;
 }

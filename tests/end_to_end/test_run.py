@@ -50,7 +50,7 @@ class Greedy(TestCase):
     def test_any_threads_and_chunks_give_the_same_text(self):
         tensors, _ = golden("docs_prompt_300")
         prompt = ids_text(tensors["input_ids"])
-        for options in (("--threads", 1), ("--threads", 3), ("--pin",), ("--cache-type", "f32"), ("--activations", "exact"),
+        for options in (("--threads", 1), ("--threads", 3), ("--pin",), ("--cache-type", "f32"), ("--activations", "exact"), ("--activations", "auto"),
                         ("--prefill-chunk", 7), ("--prefill-chunk", 64)):
             result = self.run_json("run", DOCS, "--prompt-ids", prompt, "-n", 16, "--ignore-eos", *options)
             self.assertEqual(result["ids"], tensors["greedy_ids"][:16], options)

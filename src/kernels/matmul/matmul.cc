@@ -60,15 +60,14 @@ Form form_of(const MatmulJob& job, Isa isa, Activations activations) {
     if (job.tokens >= (dtype == Dtype::kBF16 ? kTileTokensBF16 : kTileTokensWidened)) return Form::kTiles;
   }
   const bool vnni = isa >= Isa::kAvx512;
-  const bool round =
-      isa == Isa::kAvx512 && activations == Activations::kRounded && job.tokens >= kRoundedTokens;
+  const bool round = job.tokens >= kRoundedTokens && rounds(dtype, activations);
   if (is_quantized(dtype)) {
     if (round) return Form::kRoundedBytes;
     const bool long_unpacking = dtype == Dtype::kQ4_K || dtype == Dtype::kQ6_K;
     return vnni && job.tokens >= (long_unpacking ? kByteTokensK : kByteTokens) ? Form::kBytes
                                                                                : Form::kIntegers;
   }
-  if (round && dtype == Dtype::kBF16 && fast_bf16_products()) return Form::kRoundedFloats;
+  if (round) return Form::kRoundedFloats;
   return job.tokens <= kDotTokens ? Form::kDotFloats : Form::kGemmFloats;
 }
 
@@ -322,6 +321,12 @@ void run_piece(const Piece& piece, const std::byte* buffer, [[maybe_unused]] boo
 }
 
 }  // namespace
+
+bool rounds(Dtype weights, Activations activations) {
+  if (active_isa() != Isa::kAvx512) return false;
+  if (is_quantized(weights)) return activations != Activations::kExact;
+  return weights == Dtype::kBF16 && activations == Activations::kRounded && fast_bf16_products();
+}
 
 void matmul(std::span<const MatmulJob> jobs, ThreadPool& pool, Activations activations) {
   const Isa isa = active_isa();

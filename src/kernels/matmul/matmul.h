@@ -51,13 +51,16 @@ struct MatmulJob {
   int64_t x_count = 0;
 };
 
-// What activations may be rounded to in jobs of many tokens (from 17) where the machine multiplies them
-// faster so: AVX-512 without AMX.
+// Whether activations may be rounded in jobs of many tokens (from 17), to bfloat16 with BF16 weights (2^-8),
+// to 8 bits for the largest of 32 neighbours with quantised ones (1 / 254). It happens only where the machine
+// multiplies them faster so: AVX-512 without AMX, for BF16 weights with fast_bf16_products().
 enum class Activations {
-  kExact,    // as above
-  kRounded,  // BF16 weights: bfloat16 (2^-8); quantised ones: 8 bits for the largest of 32 neighbours (1 /
-             // 254)
+  kAuto,     // with quantised weights
+  kExact,    // never: as above
+  kRounded,  // with quantised and with BF16 weights
 };
+// Whether they are rounded with weights of this type, on this machine.
+bool rounds(Dtype weights, Activations activations);
 
 // All jobs in one parallel region (projections of the same input, experts with their own tokens, heads). Sums
 // run over c in an order that depends on the instruction set and on the number of tokens, but not on the

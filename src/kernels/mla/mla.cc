@@ -34,13 +34,15 @@ double pairs(const MlaSequence& s) {
 // Per key and head, `count` queries cost count (2 latent + rope) multiply-adds absorbed, and count (nope +
 // rope + value) + (nope + value) latent expanded. These run at the same speed, but for AMX, which has the
 // first and the last product and not the attention between expanded keys: 2.2 and 2.75 times as fast as that
-// (measured with 8 and 32 heads: docs/notes/20261124-mla-cpu.md).
+// (measured with 8 and 32 heads: docs/notes/20261124-mla-cpu.md). Rounded, the first runs at three quarters
+// of the speed of the second (docs/notes/20261126-cpu-attention-bf16.md).
 int64_t mla_expand_threshold(const MlaParams& p) {
   bool amx = false;
 #if defined(__x86_64__)
   amx = active_isa() == Isa::kAmx && amx::mla_fits(p);
 #endif
-  const double absorbed = static_cast<double>(2 * p.latent + p.rope) / (amx ? 2.2 : 1.0);
+  const double speed = amx ? 2.2 : p.value_up != nullptr && mla_rounds(p) ? 0.75 : 1.0;
+  const double absorbed = static_cast<double>(2 * p.latent + p.rope) / speed;
   const auto expanded = static_cast<double>(p.nope + p.rope + p.value);
   const double once = static_cast<double>((p.nope + p.value) * p.latent) / (amx ? 2.75 : 1.0);
   return absorbed <= expanded ? INT64_MAX : static_cast<int64_t>(once / (absorbed - expanded)) + 1;

@@ -38,6 +38,10 @@ struct MlaParams {
   const WeightMatrix* k_expand = nullptr;  // [heads], each [nope][latent]: W_UK[h]
   const WeightMatrix* value_up = nullptr;  // [heads], each [value][latent]: W_UV[h]
   float* out = nullptr;                    // [tokens][heads][value]
+  // Where rounds() says so of the type of value_up, queries, keys or latents, softmax weights and values are
+  // bfloat16 if the machine multiplies them faster so (AVX-512 without AMX, fast_bf16_products()), in the
+  // absorbed order with a float16 cache only; sums and the softmax stay float32.
+  Activations activations = Activations::kExact;
 };
 
 // Queries of one sequence from which the expanded order is used.

@@ -7,6 +7,7 @@
 #include "base/cpu.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/mla/mla_amx.h"
+#include "kernels/mla/mla_dpbf16.h"
 #include "kernels/mla/mla_isa.h"
 #include "kernels/mla/mla_orders.h"
 
@@ -138,6 +139,9 @@ void Pass::run_pieces(const MlaParams& p, ThreadPool& pool) {
   if (active_isa() == Isa::kAmx && amx::mla_fits(p)) {
     kernel = &amx::mla_piece;
     floats = &amx::mla_piece_floats;
+  } else if (mla_rounds(p) && dpbf16::piece_fits(p)) {
+    kernel = &dpbf16::piece;
+    floats = &dpbf16::piece_floats;
   }
 #endif
   const int64_t stride = mla_padded(p.latent + p.rope);
@@ -150,6 +154,10 @@ void Pass::run_pieces(const MlaParams& p, ThreadPool& pool) {
     t.pages = span.sequence->pages;
     t.begin = task.piece * span.piece_keys;
     t.end = std::min(span.keys(), t.begin + span.piece_keys);
+    const int64_t ahead = index + pool.size();
+    const bool known =
+        ahead < static_cast<int64_t>(tasks_.size()) && tasks_[static_cast<size_t>(ahead)].span == task.span;
+    t.ahead = known ? tasks_[static_cast<size_t>(ahead)].piece * span.piece_keys : -1;
     t.rows = span.rows;
     t.queries = queries_ + span.row * stride;
     t.visible = visible_ + span.row;

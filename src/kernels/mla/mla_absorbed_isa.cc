@@ -278,9 +278,10 @@ void mla_piece(const MlaPiece& t) {
   for (int64_t j = t.begin; j < t.end; j += kMlaKeyBlock) {
     const Block block = block_at(t, j, widened);
     Ahead ahead;
-    if (j + kMlaKeyBlock < t.end) {
-      const Block next = block_at(t, j + kMlaKeyBlock, nullptr);
-      ahead = {next.cache, next.cache + next.keys * next.row_bytes};
+    const int64_t next = j + kMlaKeyBlock < t.end ? j + kMlaKeyBlock : t.ahead;
+    if (next >= 0) {
+      const char* lines = block_at(t, next, nullptr).cache;
+      ahead = {lines, lines + kMlaKeyBlock * block.row_bytes};
     }
     block_scores(t, block, scores, ahead);
     for (int64_t r = 0; r < t.rows; ++r) {

@@ -22,7 +22,6 @@ class Expansion {
   void run(const MlaParams& p, const MlaSequence& s, ThreadPool& pool);
 
  private:
-  void load_latents(ThreadPool& pool);
   void multiply_out(ThreadPool& pool);
   void attend(ThreadPool& pool);
 
@@ -37,21 +36,6 @@ class Expansion {
   std::vector<MatmulJob> jobs_;
   Scratch<float> memory_, top_memory_;
 };
-
-void Expansion::load_latents(ThreadPool& pool) {
-  const MlaParams& p = *p_;
-  const auto load = KILIN_DISPATCH(mla_load_rows);
-  const int64_t element = static_cast<int64_t>(dtype_size(p.cache_type));
-  const int64_t width = p.latent + p.rope;
-  const int64_t keys = block_.end - block_.begin;
-  pool.parallel_for((keys + kMlaKeyBlock - 1) / kMlaKeyBlock, [&](int64_t i, int) {
-    const int64_t j = block_.begin + i * kMlaKeyBlock;
-    const char* page = static_cast<const char*>(s_->pages[j / p.page_tokens]);
-    load(p.cache_type, std::min(kMlaKeyBlock, block_.end - j), width,
-         page + j % p.page_tokens * p.page_stride * element, p.page_stride,
-         latents_ + i * kMlaKeyBlock * mla_padded(width));
-  });
-}
 
 void Expansion::multiply_out(ThreadPool& pool) {
   const MlaParams& p = *p_;
@@ -115,7 +99,7 @@ void Expansion::run(const MlaParams& p, const MlaSequence& s, ThreadPool& pool) 
   for (int64_t begin = 0; begin < keys; begin += step) {
     block_.begin = begin;
     block_.end = std::min(keys, begin + step);
-    load_latents(pool);
+    mla_load_latents(p, s, block_.begin, block_.end, latents_, pool);
     multiply_out(pool);
     attend(pool);
   }
@@ -123,7 +107,22 @@ void Expansion::run(const MlaParams& p, const MlaSequence& s, ThreadPool& pool) 
 
 }  // namespace
 
+void mla_load_latents(const MlaParams& p, const MlaSequence& s, int64_t begin, int64_t end, float* to,
+                      ThreadPool& pool) {
+  const auto load = KILIN_DISPATCH(mla_load_rows);
+  const int64_t element = static_cast<int64_t>(dtype_size(p.cache_type));
+  const int64_t width = p.latent + p.rope;
+  pool.parallel_for((end - begin + kMlaKeyBlock - 1) / kMlaKeyBlock, [&](int64_t i, int) {
+    const int64_t j = begin + i * kMlaKeyBlock;
+    const char* page = static_cast<const char*>(s.pages[j / p.page_tokens]);
+    load(p.cache_type, std::min(kMlaKeyBlock, end - j), width,
+         page + j % p.page_tokens * p.page_stride * element, p.page_stride,
+         to + i * kMlaKeyBlock * mla_padded(width));
+  });
+}
+
 void mla_expand(const MlaParams& p, const MlaSequence& s, ThreadPool& pool) {
+  if (mla_rounds(p)) return mla_expand_rounded(p, s, pool);
   static thread_local Expansion expansion;
   expansion.run(p, s, pool);
 }

@@ -23,6 +23,7 @@ struct MlaPiece {
   const MlaParams* params;
   const void* const* pages;
   int64_t begin, end;
+  int64_t ahead;  // first key of the piece that this thread will probably take next, -1: not known
   int64_t rows;
   const float* queries;    // [rows][mla_padded(latent + rope)], zeros in the padding
   const int64_t* visible;  // [rows] keys that the row sees

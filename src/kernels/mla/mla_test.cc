@@ -202,6 +202,13 @@ TEST(MlaThreshold, is_where_the_orders_take_the_same_time) {
   EXPECT_LE(mla_expand_threshold(p), 512) << "a chunk of prefill is expanded";
   p.latent = 100;
   EXPECT_EQ(mla_expand_threshold(p), INT64_MAX);
+  p.latent = 512;
+  WeightMatrix quantised;
+  quantised.dtype = Dtype::kQ8_0;
+  p.value_up = &quantised;
+  p.activations = Activations::kRounded;
+  EXPECT_GE(mla_expand_threshold(p), 100);
+  EXPECT_LE(mla_expand_threshold(p), 512);
 }
 
 TEST(MlaErrors, layouts_that_the_kernels_cannot_read_are_refused) {

@@ -25,13 +25,17 @@ inline constexpr int64_t kPageTokens = 256;
 // A packed matrix in memory of its own.
 class Packed {
  public:
-  Packed(const std::vector<float>& stored, int64_t rows, int64_t cols)
-      : memory_(packed_bytes(Dtype::kF32, rows, cols) + kPackAlignment) {
+  // dtype kF32 or kBF16
+  Packed(Dtype dtype, const std::vector<float>& values, int64_t rows, int64_t cols)
+      : memory_(packed_bytes(dtype, rows, cols) + kPackAlignment) {
     void* at = memory_.data();
     size_t space = memory_.size();
-    std::align(kPackAlignment, packed_bytes(Dtype::kF32, rows, cols), at, space);
-    pack_weights(Dtype::kF32, stored.data(), rows, cols, 0, rows, at);
-    matrix_ = {at, Dtype::kF32, rows, cols};
+    std::align(kPackAlignment, packed_bytes(dtype, rows, cols), at, space);
+    std::vector<BFloat16> halves;
+    for (float x : values) halves.push_back(to_bfloat16(x));
+    const void* stored = dtype == Dtype::kF32 ? static_cast<const void*>(values.data()) : halves.data();
+    pack_weights(dtype, stored, rows, cols, 0, rows, at);
+    matrix_ = {at, dtype, rows, cols};
   }
   const WeightMatrix& matrix() const { return matrix_; }
 
@@ -52,8 +56,8 @@ struct Past {
 class Problem {
  public:
   Problem(const Shape& s, const std::vector<std::pair<int64_t, int64_t>>& pasts, Dtype type,
-          double score_scale, uint64_t seed)
-      : random_(seed) {
+          double score_scale, uint64_t seed, Dtype weights = Dtype::kF32)
+      : random_(seed), weights_(weights) {
     p_.heads = s.heads;
     p_.nope = s.nope;
     p_.rope = s.rope;
@@ -78,6 +82,13 @@ class Problem {
     forget();
     p_.sequences = static_cast<int64_t>(sequences_.size());
     p_.sequence = sequences_.data();
+  }
+
+  // Writes row `position` of the first sequence's cache anew; the definition does not know of it.
+  void store(int64_t position, const std::vector<float>& row) {
+    const int64_t words = p_.cache_type == Dtype::kF16 ? 1 : 2;
+    auto& page = caches_.front()->pages[static_cast<size_t>(position / kPageTokens)];
+    mla_store_row(p_.cache_type, width(), row.data(), page.data() + position % kPageTokens * width() * words);
   }
 
   void forget() { std::fill(out_.begin(), out_.end(), std::numeric_limits<float>::quiet_NaN()); }
@@ -124,15 +135,19 @@ class Problem {
     std::vector<float> keys, values;
     fill(keys, p_.nope * p_.latent, scale);
     fill(values, p_.value * p_.latent, scale);
+    if (weights_ == Dtype::kBF16) {
+      for (float& x : keys) x = to_float(to_bfloat16(x));
+      for (float& x : values) x = to_float(to_bfloat16(x));
+    }
     std::vector<float> turned(keys.size());
     for (int64_t i = 0; i < p_.nope * p_.latent; ++i) {
       turned[static_cast<size_t>(i % p_.latent * p_.nope + i / p_.latent)] = keys[static_cast<size_t>(i)];
     }
-    packed_.push_back(std::make_unique<Packed>(turned, p_.latent, p_.nope));
+    packed_.push_back(std::make_unique<Packed>(weights_, turned, p_.latent, p_.nope));
     k_absorb_.push_back(packed_.back()->matrix());
-    packed_.push_back(std::make_unique<Packed>(keys, p_.nope, p_.latent));
+    packed_.push_back(std::make_unique<Packed>(weights_, keys, p_.nope, p_.latent));
     k_expand_.push_back(packed_.back()->matrix());
-    packed_.push_back(std::make_unique<Packed>(values, p_.value, p_.latent));
+    packed_.push_back(std::make_unique<Packed>(weights_, values, p_.value, p_.latent));
     value_up_.push_back(packed_.back()->matrix());
     keys_.push_back(std::move(keys));
     values_.push_back(std::move(values));
@@ -203,6 +218,7 @@ class Problem {
   }
 
   Random random_;
+  Dtype weights_;
   MlaParams p_;
   std::vector<MlaSequence> sequences_;
   std::vector<std::vector<float>> keys_, values_;  // [heads], [nope][latent] and [value][latent]

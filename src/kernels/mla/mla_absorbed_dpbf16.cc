@@ -44,21 +44,6 @@ KILIN_INLINE void ask(const char* line) { __builtin_prefetch(line, 0, 2); }
 // 32 float16 as bfloat16, in order
 KILIN_INLINE __m512i load_rounded(const char* p) { return round_pairs(load_f16(p), load_f16(p + 32)); }
 
-// lane i of the result = the sum of the lanes of v[i]
-template <int kCount>
-KILIN_INLINE Vec reduce_lanes(const Vec (&v)[kCount]) {
-  if constexpr (kCount == 1) {
-    return v[0];
-  } else {
-    Vec half[kCount / 2];
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount / 2; ++i) {
-      half[i] = interleave_low(v[i], v[i + kCount / 2]) + interleave_high(v[i], v[i + kCount / 2]);
-    }
-    return reduce_lanes(half);
-  }
-}
-
 // scores[r][0..2) = q[r] . keys 0 and 1; rows of q whole steps, zeros behind the width, which may end
 // half-way
 template <bool kPrefetch>

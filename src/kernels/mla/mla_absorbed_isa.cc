@@ -46,21 +46,6 @@ struct Ahead {
 };
 KILIN_INLINE void ask(const char* line) { __builtin_prefetch(line, 0, 2); }
 
-// lane i of the result = the sum of the lanes of v[i]
-template <int kCount>
-KILIN_INLINE Vec reduce_lanes(const Vec (&v)[kCount]) {
-  if constexpr (kCount == 1) {
-    return v[0];
-  } else {
-    Vec half[kCount / 2];
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount / 2; ++i) {
-      half[i] = interleave_low(v[i], v[i + kCount / 2]) + interleave_high(v[i], v[i + kCount / 2]);
-    }
-    return reduce_lanes(half);
-  }
-}
-
 // How rows of keys are stored.
 struct Floats {
   static constexpr int64_t kBytes = 4;

@@ -91,4 +91,19 @@ KILIN_INLINE void widen_row(Dtype type, int64_t width, const char* from, float* 
   for (; c < mla_padded(width); c += kLanes) store(to + c, zero());
 }
 
+// lane i of the result = the sum of the lanes of v[i]
+template <int kCount>
+KILIN_INLINE Vec reduce_lanes(const Vec (&v)[kCount]) {
+  if constexpr (kCount == 1) {
+    return v[0];
+  } else {
+    Vec half[kCount / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount / 2; ++i) {
+      half[i] = interleave_low(v[i], v[i + kCount / 2]) + interleave_high(v[i], v[i + kCount / 2]);
+    }
+    return reduce_lanes(half);
+  }
+}
+
 }  // namespace kilin::KILIN_ISA

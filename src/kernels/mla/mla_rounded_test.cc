@@ -5,7 +5,6 @@
 
 #include <cmath>
 #include <limits>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -30,11 +29,8 @@ using mla_testing::Shape;
 // chance. The absorbed order rounds latents and queries in the score, weights and latents behind it: less.
 constexpr double kRounded = 5.9e-3;
 
-class MlaRounded : public ::testing::TestWithParam<std::tuple<Isa, Dtype>> {
+class MlaRounded : public mla_testing::IsaCacheTest {
  protected:
-  void SetUp() override { set_isa(std::get<0>(GetParam())); }
-  void TearDown() override { set_isa(supported_isas().back()); }
-  static Dtype type() { return std::get<1>(GetParam()); }
   static Problem make(const Shape& shape, const std::vector<std::pair<int64_t, int64_t>>& pasts, double scale,
                       uint64_t seed) {
     return {shape, pasts, type(), scale, seed, Dtype::kBF16};
@@ -44,7 +40,6 @@ class MlaRounded : public ::testing::TestWithParam<std::tuple<Isa, Dtype>> {
     p.activations = Activations::kRounded;
     return p;
   }
-  ThreadPool pool_{2};
 };
 
 constexpr Shape kShapes[] = {{4, 32, 32, 32, 64}, {2, 16, 8, 16, 32},   {3, 20, 6, 12, 44},
@@ -181,21 +176,14 @@ TEST_P(MlaRounded, is_a_choice) {
   WeightMatrix value;
   value.dtype = Dtype::kQ8_0;
   p.value_up = &value;
-  const bool fast = std::get<0>(GetParam()) == Isa::kAvx512 && fast_bf16_products();
+  const bool fast = isa() == Isa::kAvx512 && fast_bf16_products();
   p.activations = Activations::kAuto;
   EXPECT_EQ(mla_rounds(p), fast);
   p.activations = Activations::kExact;
   EXPECT_FALSE(mla_rounds(p));
 }
 
-INSTANTIATE_TEST_SUITE_P(IsaCache, MlaRounded,
-                         ::testing::Combine(::testing::ValuesIn(supported_isas().begin(),
-                                                                supported_isas().end()),
-                                            ::testing::Values(Dtype::kF16, Dtype::kF32)),
-                         [](const auto& test) {
-                           return std::string(isa_name(std::get<0>(test.param))) + "_" +
-                                  std::string(dtype_name(std::get<1>(test.param)));
-                         });
+INSTANTIATE_TEST_SUITE_P(IsaCache, MlaRounded, mla_testing::isas_and_caches(), mla_testing::isa_and_cache);
 
 }  // namespace
 }  // namespace kilin

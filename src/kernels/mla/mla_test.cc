@@ -7,7 +7,6 @@
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <tuple>
 #include <vector>
 
 #include "base/cpu.h"
@@ -28,16 +27,10 @@ using mla_testing::Shape;
 // Float32 sums of up to 576 products and a softmax of up to 1,100 keys, relative to the norm.
 constexpr double kTolerance = 3e-6;
 
-class Mla : public ::testing::TestWithParam<std::tuple<Isa, Dtype>> {
+class Mla : public mla_testing::IsaCacheTest {
  protected:
-  void SetUp() override { set_isa(std::get<0>(GetParam())); }
-  void TearDown() override { set_isa(supported_isas().back()); }
-  static Dtype type() { return std::get<1>(GetParam()); }
   // AMX sums products of two bfloat16 terms, 2^-17 of each operand, one product of low terms left out.
-  static double tolerance() {
-    return std::get<0>(GetParam()) == Isa::kAmx ? 0x1p-17 + kTolerance : kTolerance;
-  }
-  ThreadPool pool_{2};
+  static double tolerance() { return isa() == Isa::kAmx ? 0x1p-17 + kTolerance : kTolerance; }
 };
 
 constexpr Shape kShapes[] = {{4, 32, 16, 32, 64}, {2, 16, 8, 16, 32},  {3, 20, 6, 12, 44},
@@ -261,14 +254,7 @@ TEST(Rope, turns_pairs_and_keeps_scores_a_function_of_the_distance) {
   EXPECT_NEAR(x[1], std::sin(1.0), 1e-7);
 }
 
-INSTANTIATE_TEST_SUITE_P(IsaCache, Mla,
-                         ::testing::Combine(::testing::ValuesIn(supported_isas().begin(),
-                                                                supported_isas().end()),
-                                            ::testing::Values(Dtype::kF16, Dtype::kF32)),
-                         [](const auto& test) {
-                           return std::string(isa_name(std::get<0>(test.param))) + "_" +
-                                  std::string(dtype_name(std::get<1>(test.param)));
-                         });
+INSTANTIATE_TEST_SUITE_P(IsaCache, Mla, mla_testing::isas_and_caches(), mla_testing::isa_and_cache);
 
 }  // namespace
 }  // namespace kilin

@@ -6,11 +6,15 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "base/cpu.h"
 #include "base/float16.h"
 #include "base/random.h"
+#include "base/thread_pool.h"
 #include "kernels/mla/mla.h"
 #include "kernels/mla/mla_isa.h"
 
@@ -235,6 +239,25 @@ inline double relative_difference(const std::vector<float>& a, const std::vector
     norm += std::pow(static_cast<double>(a[i]), 2);
   }
   return std::sqrt(error / norm);
+}
+
+// Tests of every instruction set with every type of cache.
+class IsaCacheTest : public ::testing::TestWithParam<std::tuple<Isa, Dtype>> {
+ protected:
+  void SetUp() override { set_isa(isa()); }
+  void TearDown() override { set_isa(supported_isas().back()); }
+  static Isa isa() { return std::get<0>(GetParam()); }
+  static Dtype type() { return std::get<1>(GetParam()); }
+  ThreadPool pool_{2};
+};
+
+inline auto isas_and_caches() {
+  return ::testing::Combine(::testing::ValuesIn(supported_isas().begin(), supported_isas().end()),
+                            ::testing::Values(Dtype::kF16, Dtype::kF32));
+}
+inline std::string isa_and_cache(const ::testing::TestParamInfo<std::tuple<Isa, Dtype>>& test) {
+  return std::string(isa_name(std::get<0>(test.param))) + "_" +
+         std::string(dtype_name(std::get<1>(test.param)));
 }
 
 }  // namespace kilin::mla_testing

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 
 #include "base/cpu.h"
 #include "base/thread_pool.h"
@@ -78,10 +79,14 @@ Rates measure_rates(int repeat, double work, const std::function<void()>& prepar
     body();
     rates.push_back(work / watch.seconds());
   }
-  std::sort(rates.begin(), rates.end());
-  const size_t half = rates.size() / 2;
-  const double median = rates.size() % 2 == 1 ? rates[half] : (rates[half - 1] + rates[half]) / 2;
-  return {median, rates.front(), rates.back()};
+  return rates_of(std::move(rates));
+}
+
+Rates rates_of(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const size_t half = values.size() / 2;
+  const double median = values.size() % 2 == 1 ? values[half] : (values[half - 1] + values[half]) / 2;
+  return {median, values.front(), values.back()};
 }
 
 nlohmann::ordered_json to_json(const Rates& rates) { return {rates.low, rates.high}; }

@@ -25,6 +25,7 @@ struct Rates {
   double low = 0;
   double high = 0;
 };
+Rates rates_of(std::vector<double> values);
 // Times body() `repeat` times, prepare() before each not included; `work` is what one body() does.
 Rates measure_rates(int repeat, double work, const std::function<void()>& prepare,
                     const std::function<void()>& body);

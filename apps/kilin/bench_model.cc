@@ -7,16 +7,19 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/cpu.h"
 #include "base/error.h"
 #include "base/random.h"
+#include "base/thread_pool.h"
 #include "io/gguf.h"
 #include "kernels/kda/kda.h"
 #include "kilin/bench.h"
 #include "kilin/common.h"
 #include "kilin/format.h"
+#include "kilin/machine_probe.h"
 #include "kilin/output.h"
 #include "kilin/progress.h"
 #include "model/config.h"
@@ -37,7 +40,8 @@ Examples:
 constexpr const char* kDecodeFooter =
     R"(Bytes per token: the weights a token uses, the states of KDA layers (read and
 written) and the cache of MLA layers at that depth (read). Their rate is compared
-with reading memory; a model that stays in a cache can exceed 100 %.
+with reading memory, measured before and after each repeat; a model that stays in
+a cache can exceed 100 %.
 
 Examples:
   kilin bench decode models/kilin-docs-10m --depth 4096 --tokens 64
@@ -188,6 +192,38 @@ int run_prefill(const ModelBenchOptions& options) {
   return 0;
 }
 
+// Repeats of one measurement of decode. A shared host's memory changes its speed within seconds, so reading
+// is measured before and after each repeat by as many threads, and the share is that of the repeat's own
+// time.
+struct DecodeRates {
+  Rates tokens;  // per second
+  Rates share;   // of reading
+  Rates reading;
+};
+DecodeRates measure_decode(const ModelBenchOptions& options, const Model& model, const Sequence& deep,
+                           double bytes_per_token) {
+  const auto tokens = random_tokens(options.tokens, model.info().vocab_size);
+  ThreadPool pool(threads_of(options.bench), options.model.pin);
+  ReadProbe probe(pool);
+  std::vector<double> rates, shares, readings;
+  double before = probe.measure();
+  const auto count = static_cast<double>(options.tokens);
+  for (int i = 0; i <= options.bench.repeat; ++i) {
+    Sequence sequence = deep.copy();
+    const Stopwatch watch;
+    for (const int32_t token : tokens) sequence.decode(token);
+    const double rate = count / watch.seconds();
+    const double after = probe.measure();
+    if (i > 0) {  // the first warms caches and threads
+      rates.push_back(rate);
+      readings.push_back((before + after) / 2);
+      shares.push_back(rate * bytes_per_token / readings.back());
+    }
+    before = after;
+  }
+  return {rates_of(std::move(rates)), rates_of(std::move(shares)), rates_of(std::move(readings))};
+}
+
 int run_decode(const ModelBenchOptions& options) {
   const Model model = load(options);
   const ModelInfo& info = model.info();
@@ -195,7 +231,6 @@ int run_decode(const ModelBenchOptions& options) {
         "--depth {} and --tokens {}: the model takes {} tokens", options.depth, options.tokens,
         info.max_length);
   const auto past = random_tokens(options.depth, info.vocab_size);
-  const auto tokens = random_tokens(options.tokens, info.vocab_size);
   Sequence deep = model.new_sequence();
   {
     Progress progress("reaching the depth", options.depth, "tokens", progress_by_default());
@@ -204,30 +239,27 @@ int run_decode(const ModelBenchOptions& options) {
       return true;
     });
   }
-  Sequence sequence = deep.copy();
-  sequence.decode(tokens.front());  // warms caches and threads
-  const Rates rates = measure_rates(
-      options.bench.repeat, static_cast<double>(options.tokens), [&] { sequence = deep.copy(); },
-      [&] {
-        for (const int32_t token : tokens) sequence.decode(token);
-      });
-  const Machine machine = probe_machine(threads_of(options.bench), options.model.pin);
   const double bytes =
       decode_bytes(info, static_cast<double>(options.depth) + static_cast<double>(options.tokens + 1) / 2);
-  const double share = bytes * rates.median / machine.read_bytes_per_second;
+  const DecodeRates rates = measure_decode(options, model, deep, bytes);
+  Machine machine = probe_machine(threads_of(options.bench), options.model.pin);
+  machine.read_bytes_per_second = rates.reading.median;
   if (options.bench.json) {
-    auto json = common_json("decode", options, info, rates, machine);
+    auto json = common_json("decode", options, info, rates.tokens, machine);
     json["depth"] = options.depth;
     json["bytes_per_token"] = bytes;
-    json["share_of_bandwidth"] = share;
+    json["share_of_bandwidth"] = rates.share.median;
+    json["share_of_bandwidth_range"] = to_json(rates.share);
     write_json_line(json);
     return 0;
   }
-  write_out(model_line(info) + describe(machine) + "\n" + speed_line("decode", rates, info));
+  write_out(model_line(info) + describe(machine) + "\n" + speed_line("decode", rates.tokens, info));
   write_out(
-      fmt::format("          {} tokens after {}, {} moved per token: {:.1f} GB/s, {} of reading memory\n",
+      fmt::format("          {} tokens after {}, {} moved per token: {:.1f} GB/s, {} of reading memory "
+                  "beside it ({} to {})\n",
                   with_commas(options.tokens), with_commas(options.depth), human_bytes(bytes),
-                  bytes * rates.median / 1e9, percent(share)));
+                  bytes * rates.tokens.median / 1e9, percent(rates.share.median), percent(rates.share.low),
+                  percent(rates.share.high)));
   return 0;
 }
 

@@ -93,17 +93,22 @@ Isa active_isa() {
   return isa;
 }
 
-bool fast_bf16_products() {
+namespace {
+bool made_by_amd() {
 #if defined(__x86_64__)
   static const bool amd = [] {
     __builtin_cpu_init();
     return __builtin_cpu_is("amd") != 0;
   }();
-  return amd && active_isa() >= Isa::kAvx512;
+  return amd;
 #else
   return false;
 #endif
 }
+}  // namespace
+
+bool fast_bf16_products() { return made_by_amd() && active_isa() >= Isa::kAvx512; }
+bool prefetches_streams() { return made_by_amd(); }
 
 void set_isa(Isa isa) { forced_isa() = static_cast<int>(isa); }
 

@@ -25,6 +25,11 @@ void set_isa(Isa isa);
 // that rate (measured on Sapphire Rapids, docs/notes/20261124-cpu-matmul.md), so there they gain nothing.
 bool fast_bf16_products();
 
+// Whether the processor reads ahead in long streams of weights well enough by itself, so that loops which ask
+// for lines in advance only lose by it: AMD's do (docs/notes/20261126-cpu-decode.md); on Intel's asking made
+// up to four times the speed (docs/notes/20261124-cpu-matmul.md).
+bool prefetches_streams();
+
 // One cpu number (the lowest) of each physical core this process may run on, at least one; as it was at the
 // first call, so that pinned threads do not change it.
 const std::vector<int>& physical_core_cpus();

@@ -219,16 +219,19 @@ TEST_P(WeightTypes, PrefillDecodeAndAnySplitAgreeWithTheOracle) {
   for (const auto& split : splits) expect_logits(split);
 }
 
-// Of prompts long enough to be rounded, and of one that is not. Where nothing is rounded (F32 weights, AVX2)
-// the tolerance is the exact one.
+// With float weights only products of many tokens are rounded. Where nothing is (F32 weights, AVX2) the
+// tolerance is the exact one.
 TEST_P(WeightTypes, RoundedActivationsAgreeWithTheOracleToTheirRounding) {
   const auto [dtype, isa] = GetParam();
   for (const Activations activations : {Activations::kRounded, Activations::kAuto}) {
     start(activations);
     for (const std::vector<int64_t>& parts : {std::vector<int64_t>{40}, {300}, {9, 40, 1, 250}})
       expect_logits(parts);
+    expect_logits(std::vector<int64_t>(40, 1));
     expect_logits({9});
-    EXPECT_LT(last_error_, tolerance(dtype, isa, Activations::kExact)) << "9 tokens are computed as ever";
+    if (!is_quantized(dtype)) {
+      EXPECT_LT(last_error_, tolerance(dtype, isa, Activations::kExact)) << "9 tokens are computed as ever";
+    }
   }
 }
 

@@ -40,49 +40,72 @@ KILIN_INLINE int32_t load_i32(const int8_t* p) {
   return v;
 }
 
+// The sum over a block of 32 columns of w_c v_c, w_c unsigned bytes of each lane, v_c activations that all
+// lanes share. dot_add: the four columns of a group, whose weights are the four bytes of each lane of w.
+template <class Block>
+struct BlockDot;
+
 #if defined(__AVX512VNNI__)
 
-// Sums of products with the low and with the high bytes of the activations.
-struct Dot {
-  VecInt low, high;
+KILIN_INLINE VecInt dot_bytes(VecInt sum, VecUint w, const int8_t* four) {
+  return reinterpret_cast<VecInt>(_mm512_dpbusd_epi32(
+      reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(w), _mm512_set1_epi32(load_i32(four))));
+}
+
+template <>
+struct BlockDot<ActivationBlock> {
+  VecInt low, high;  // with the low and with the high bytes of the activations
 };
-KILIN_INLINE Dot dot_start(int32_t offset) { return {VecInt{} + offset, VecInt{}}; }
-// sum += w_j v_(4 group + j) over the four unsigned bytes w_j of each lane
-KILIN_INLINE void dot_group(Dot& sum, VecUint w, const ActivationBlock& x, int group) {
-  const auto bytes = reinterpret_cast<__m512i>(w);
-  const __m512i low = _mm512_set1_epi32(load_i32(x.bytes + 4 * group));
-  const __m512i high = _mm512_set1_epi32(load_i32(x.bytes + 32 + 4 * group));
-  sum.low = reinterpret_cast<VecInt>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum.low), bytes, low));
-  sum.high = reinterpret_cast<VecInt>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum.high), bytes, high));
+KILIN_INLINE void dot_start(BlockDot<ActivationBlock>& dot, int32_t offset) {
+  dot.low = VecInt{} + offset;
+  dot.high = VecInt{};
+}
+KILIN_INLINE void dot_add(BlockDot<ActivationBlock>& dot, VecUint w, const ActivationBlock& x, int group) {
+  dot.low = dot_bytes(dot.low, w, x.bytes + 4 * group);
+  dot.high = dot_bytes(dot.high, w, x.bytes + 32 + 4 * group);
 }
 // |sum| <= 32 * 255 * 32,512 fits an int32
-KILIN_INLINE Vec dot_end(const Dot& sum) { return __builtin_convertvector((sum.high << 8) + sum.low, Vec); }
+KILIN_INLINE Vec dot_end(const BlockDot<ActivationBlock>& dot) {
+  return __builtin_convertvector((dot.high << 8) + dot.low, Vec);
+}
+
+template <>
+struct BlockDot<ByteBlock> {
+  VecInt sum;
+};
+KILIN_INLINE void dot_start(BlockDot<ByteBlock>& dot, int32_t offset) { dot.sum = VecInt{} + offset; }
+KILIN_INLINE void dot_add(BlockDot<ByteBlock>& dot, VecUint w, const ByteBlock& x, int group) {
+  dot.sum = dot_bytes(dot.sum, w, x.bytes + 4 * group);
+}
+KILIN_INLINE Vec dot_end(const BlockDot<ByteBlock>& dot) { return __builtin_convertvector(dot.sum, Vec); }
 
 #else
 
-struct Dot {
+template <>
+struct BlockDot<ActivationBlock> {
   VecInt sum;
 };
-KILIN_INLINE Dot dot_start(int32_t offset) { return {VecInt{} + offset}; }
-
+KILIN_INLINE void dot_start(BlockDot<ActivationBlock>& dot, int32_t offset) { dot.sum = VecInt{} + offset; }
 #if defined(__AVX2__)
-KILIN_INLINE void dot_group(Dot& sum, VecUint w, const ActivationBlock& x, int group) {
+KILIN_INLINE void dot_add(BlockDot<ActivationBlock>& dot, VecUint w, const ActivationBlock& x, int group) {
   const __m256i even = reinterpret_cast<__m256i>(w & 0x00ff00ffu);
   const __m256i odd = reinterpret_cast<__m256i>((w >> 8) & 0x00ff00ffu);
   const __m256i x_even = _mm256_set1_epi32(load_i32(x.bytes + 8 * group));
   const __m256i x_odd = _mm256_set1_epi32(load_i32(x.bytes + 8 * group + 4));
-  sum.sum += reinterpret_cast<VecInt>(_mm256_madd_epi16(even, x_even));
-  sum.sum += reinterpret_cast<VecInt>(_mm256_madd_epi16(odd, x_odd));
+  dot.sum += reinterpret_cast<VecInt>(_mm256_madd_epi16(even, x_even));
+  dot.sum += reinterpret_cast<VecInt>(_mm256_madd_epi16(odd, x_odd));
 }
 #else
-KILIN_INLINE void dot_group(Dot& sum, VecUint w, const ActivationBlock& x, int group) {
+KILIN_INLINE void dot_add(BlockDot<ActivationBlock>& dot, VecUint w, const ActivationBlock& x, int group) {
   int16_t v[4];
   std::memcpy(v, x.bytes + 8 * group, sizeof v);
-  sum.sum += reinterpret_cast<VecInt>(w & 255u) * v[0] + reinterpret_cast<VecInt>((w >> 16) & 255u) * v[1] +
+  dot.sum += reinterpret_cast<VecInt>(w & 255u) * v[0] + reinterpret_cast<VecInt>((w >> 16) & 255u) * v[1] +
              reinterpret_cast<VecInt>((w >> 8) & 255u) * v[2] + reinterpret_cast<VecInt>(w >> 24) * v[3];
 }
 #endif
-KILIN_INLINE Vec dot_end(const Dot& sum) { return __builtin_convertvector(sum.sum, Vec); }
+KILIN_INLINE Vec dot_end(const BlockDot<ActivationBlock>& dot) {
+  return __builtin_convertvector(dot.sum, Vec);
+}
 
 #endif
 

@@ -34,13 +34,14 @@ constexpr int64_t kTilePanels = 4;
 // Tokens of one piece of work in float32: their inputs stay in L2 while the panels pass by.
 constexpr int64_t kGemmTokens = 192;
 
-// How a job is computed. The last four are forms of x86, which form_of() chooses nowhere else.
+// How a job is computed. The last five are forms of x86, which form_of() chooses nowhere else.
 enum class Form {
   kDotFloats,      // float weights, few tokens
   kGemmFloats,     // float weights, many tokens
-  kIntegers,       // quantised weights
+  kIntegers,       // quantised weights, few tokens
   kBytes,          // the same sums by VNNI for blocks of tokens
-  kRoundedBytes,   // quantised weights, 8-bit activations, by VNNI
+  kRoundedDots,    // quantised weights, few tokens, 8-bit activations, by VNNI
+  kRoundedBytes,   // the same for blocks of tokens
   kRoundedFloats,  // BF16 weights, bfloat16 activations, by vdpbf16ps
   kTiles,          // AMX
 };
@@ -52,7 +53,7 @@ constexpr int64_t kTileTokensBF16 = 8;      // from here AMX for BF16 weights
 constexpr int64_t kTileTokensWidened = 24;  // from here AMX for weights that are widened first
 constexpr int64_t kByteTokensK = 8;         // from here VNNI for Q4_K and Q6_K, whose unpacking is long
 constexpr int64_t kByteTokens = 64;         // and for the others
-constexpr int64_t kRoundedTokens = 17;      // from here rounded activations
+constexpr int64_t kRoundedTokens = 17;      // from here VNNI with rounded activations, and vdpbf16ps
 
 Form form_of(const MatmulJob& job, Isa isa, Activations activations) {
   const Dtype dtype = job.w.dtype;
@@ -60,14 +61,15 @@ Form form_of(const MatmulJob& job, Isa isa, Activations activations) {
     if (job.tokens >= (dtype == Dtype::kBF16 ? kTileTokensBF16 : kTileTokensWidened)) return Form::kTiles;
   }
   const bool vnni = isa >= Isa::kAvx512;
-  const bool round = job.tokens >= kRoundedTokens && rounds(dtype, activations);
+  const bool round = rounds(dtype, activations);
+  const bool few = job.tokens < kRoundedTokens;
   if (is_quantized(dtype)) {
-    if (round) return Form::kRoundedBytes;
+    if (round) return few ? Form::kRoundedDots : Form::kRoundedBytes;
     const bool long_unpacking = dtype == Dtype::kQ4_K || dtype == Dtype::kQ6_K;
     return vnni && job.tokens >= (long_unpacking ? kByteTokensK : kByteTokens) ? Form::kBytes
                                                                                : Form::kIntegers;
   }
-  if (round) return Form::kRoundedFloats;
+  if (round && !few) return Form::kRoundedFloats;
   return job.tokens <= kDotTokens ? Form::kDotFloats : Form::kGemmFloats;
 }
 
@@ -116,7 +118,7 @@ struct Piece {
   const Input* input;  // null: x as it is
   Form form;
   PanelRange panels;
-  TokenRange tokens;  // kDotFloats and kIntegers take all of the job
+  TokenRange tokens;  // forms for few tokens take all of the job
 };
 
 // The lists of one call, kept by the calling thread for the next.
@@ -139,8 +141,9 @@ size_t input_bytes(Form form, int64_t tokens, int64_t cols) {
 #if defined(__x86_64__)
     case Form::kTiles:
       return static_cast<size_t>(amx::split_bytes(tokens, cols));
+    case Form::kRoundedDots:
     case Form::kRoundedBytes:
-      bytes = tokens * (cols / 32) * static_cast<int64_t>(sizeof(vnni::ByteBlock));
+      bytes = tokens * (cols / 32) * static_cast<int64_t>(sizeof(ByteBlock));
       break;
     case Form::kRoundedFloats:
       bytes = tokens * dpbf16::row_values(cols) * 2;
@@ -200,8 +203,9 @@ void prepare(const Input& in, int64_t task, [[maybe_unused]] bool stream, std::b
 #if defined(__x86_64__)
     case Form::kTiles:
       return amx::split_activations(in.x, in.x_stride, in.x_rows, in.tokens, in.cols, task, stream, first);
+    case Form::kRoundedDots:
     case Form::kRoundedBytes:
-      return vnni::quantize_bytes(row(), in.cols, reinterpret_cast<vnni::ByteBlock*>(first) + task * blocks);
+      return vnni::quantize_bytes(row(), in.cols, reinterpret_cast<ByteBlock*>(first) + task * blocks);
     case Form::kRoundedFloats:
       return dpbf16::round_row(row(), in.cols,
                                reinterpret_cast<uint16_t*>(first) + task * dpbf16::row_values(in.cols));
@@ -298,13 +302,15 @@ void run_piece(const Piece& piece, const std::byte* buffer, [[maybe_unused]] boo
       return KILIN_DISPATCH(dot_integers)(job, piece.panels,
                                           reinterpret_cast<const ActivationBlock*>(prepared));
 #if defined(__x86_64__)
+    case Form::kRoundedDots:
+      return vnni::dot_bytes(job, piece.panels, reinterpret_cast<const ByteBlock*>(prepared));
     case Form::kBytes:
       return vnni::matmul_bytes(job, piece.panels, piece.tokens, stream,
                                 reinterpret_cast<const ActivationBlock*>(prepared),
                                 scratch_of(vnni::scratch_bytes()));
     case Form::kRoundedBytes:
       return vnni::matmul_bytes(job, piece.panels, piece.tokens, stream,
-                                reinterpret_cast<const vnni::ByteBlock*>(prepared),
+                                reinterpret_cast<const ByteBlock*>(prepared),
                                 scratch_of(vnni::scratch_bytes()));
     case Form::kRoundedFloats:
       return dpbf16::matmul_halves(job, piece.panels, piece.tokens, stream,

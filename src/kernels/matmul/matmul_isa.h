@@ -16,6 +16,14 @@ struct ActivationBlock {
   float total;  // scale (sums[0] + sums[1])
 };
 
+// 32 activations as x_i = scale v_i, |v_i| <= 127, within scale / 2; the other members as in ActivationBlock.
+struct ByteBlock {
+  int8_t bytes[32];
+  float scale;
+  int32_t sums[2];
+  float total;
+};
+
 // Panels [begin, end) of w.
 struct PanelRange {
   int64_t begin, end;

@@ -13,14 +13,6 @@
 
 namespace kilin::vnni {
 
-// 32 activations as x_i = scale v_i, |v_i| <= 127, within scale / 2; the other members as in ActivationBlock.
-struct ByteBlock {
-  int8_t bytes[32];
-  float scale;
-  int32_t sums[2];
-  float total;
-};
-
 // Tokens of one piece of work: their activations and sums stay in the second-level cache.
 inline constexpr int64_t kBlockTokens = 256;
 inline constexpr int64_t kMostBlockTokens = 384;
@@ -36,5 +28,8 @@ void matmul_bytes(const MatmulJob& job, PanelRange panels, TokenRange tokens, bo
 void matmul_bytes(const MatmulJob& job, PanelRange panels, TokenRange tokens, bool stream, const ByteBlock* x,
                   std::byte* scratch);
 int64_t scratch_bytes();
+
+// The same for few tokens, all of the job's, each weight read once; x [tokens][cols / 32] in order.
+void dot_bytes(const MatmulJob& job, PanelRange panels, const ByteBlock* x);
 
 }  // namespace kilin::vnni

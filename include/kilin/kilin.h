@@ -39,10 +39,10 @@ struct ModelOptions {
   // What a position of an MLA layer is kept in: "f16" takes half the memory and the time of reading it, "f32"
   // is exact and takes any value (float16 ends at 65,504: beyond it prefill and decode throw).
   std::string cache_type = "f16";
-  // "rounded": where this machine is faster at it (AVX-512 without AMX), products of 17 tokens and more round
-  // their activations to 8-bit integers with quantised weights, as llama.cpp has them everywhere, to bfloat16
-  // with BF16 ones, and latent attention is bfloat16. "exact": nowhere, so that prefill and decode agree.
-  // "auto": rounded with quantised weights, exact with the others.
+  // "rounded": where this machine is faster at it (AVX-512 without AMX), products round their activations to
+  // 8-bit integers with quantised weights, as llama.cpp has them everywhere, those of 17 tokens and more to
+  // bfloat16 with BF16 weights, and latent attention is bfloat16. "exact": nowhere, so that prefill and
+  // decode agree to the rounding of float32. "auto": rounded if a matrix is quantised, else exact.
   std::string activations = "auto";
   // Bind each thread to a physical core, the one that loads the model too (until the model is gone).
   bool pin_threads = false;

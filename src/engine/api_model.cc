@@ -66,10 +66,10 @@ std::vector<int32_t> find_end_ids(const Config& config, const std::vector<int64_
 }
 
 std::optional<Activations> activations_of(std::string_view name) {
-  if (name == "auto") return Activations::kAuto;
+  if (name == "auto") return std::nullopt;
   if (name == "exact") return Activations::kExact;
   if (name == "rounded") return Activations::kRounded;
-  return std::nullopt;
+  fail("activations: found '{}', expected auto, exact or rounded", name);
 }
 
 EngineOptions engine_options(const ModelOptions& options) {
@@ -77,11 +77,8 @@ EngineOptions engine_options(const ModelOptions& options) {
         options.threads);
   check(options.cache_type == "f16" || options.cache_type == "f32",
         "cache type: found '{}', expected f16 or f32", options.cache_type);
-  const auto activations = activations_of(options.activations);
-  check(activations.has_value(), "activations: found '{}', expected auto, exact or rounded",
-        options.activations);
   return {options.threads, options.cache_type == "f16" ? Dtype::kF16 : Dtype::kF32, options.pin_threads,
-          *activations};
+          activations_of(options.activations)};
 }
 
 }  // namespace

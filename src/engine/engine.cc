@@ -9,18 +9,29 @@
 #include "model/blocks.h"
 
 namespace kilin {
+namespace {
+
+template <class Test>
+bool any_matrix(const LoadedModel& model, const Test& test) {
+  const auto& table = model.table();
+  return std::any_of(table.begin(), table.end(),
+                     [&](const NamedWeight& w) { return w.view.shape.size() > 1 && test(w.view.dtype); });
+}
+
+Activations default_activations(const LoadedModel& model) {
+  return any_matrix(model, is_quantized) ? Activations::kRounded : Activations::kExact;
+}
+
+}  // namespace
 
 Engine::Engine(LoadedModel model, const EngineOptions& options)
     : model_(std::move(model)),
       cache_(model_.config(), options.cache_type),
       pool_(options.threads > 0 ? options.threads : physical_cores(), options.pin_threads),
-      ops_(model_, cache_, pool_, options.activations) {}
+      ops_(model_, cache_, pool_, options.activations.value_or(default_activations(model_))) {}
 
 bool Engine::rounds_activations() const {
-  const auto& table = model_.table();
-  return std::any_of(table.begin(), table.end(), [&](const NamedWeight& w) {
-    return w.view.shape.size() > 1 && rounds(w.view.dtype, ops_.activations());
-  });
+  return any_matrix(model_, [&](Dtype dtype) { return rounds(dtype, ops_.activations()); });
 }
 
 std::span<const float> Engine::forward(const Batch& batch) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <span>
 
 #include "base/thread_pool.h"
@@ -15,8 +16,8 @@ struct EngineOptions {
   int threads = 0;                 // 0: the physical cores
   Dtype cache_type = Dtype::kF16;  // of MLA latents: kF16, or kF32 to be exact
   bool pin_threads = false;        // bind threads to cores (base/thread_pool.h)
-  // of products with many tokens, but for the router's, and of latent attention
-  Activations activations = Activations::kAuto;
+  // Of products, but for the router's, and of latent attention. None: rounded if a matrix is quantised.
+  std::optional<Activations> activations = {};
 };
 
 // A loaded model, its cache and its threads: computes one batch at a time. Not thread-safe.

@@ -74,7 +74,7 @@ std::vector<std::pair<std::string, std::string>> details(const Engine& engine, c
                                          c.moe.renormalize ? "renormalised" : "not renormalised", c.moe.scale,
                                          c.moe.biased_weights ? "with" : "without"));
   }
-  d.emplace_back("activations", engine.rounds_activations() ? "rounded in products of many tokens" : "exact");
+  d.emplace_back("activations", engine.rounds_activations() ? "rounded in products and latent attention" : "exact");
   d.emplace_back("head", c.tied_head ? "tied to the embedding" : "own");
   for (const LoraAdapter& adapter : engine.model().lora().adapters()) {
     d.emplace_back("adapter",

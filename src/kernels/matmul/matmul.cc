@@ -329,9 +329,8 @@ void run_piece(const Piece& piece, const std::byte* buffer, [[maybe_unused]] boo
 }  // namespace
 
 bool rounds(Dtype weights, Activations activations) {
-  if (active_isa() != Isa::kAvx512) return false;
-  if (is_quantized(weights)) return activations != Activations::kExact;
-  return weights == Dtype::kBF16 && activations == Activations::kRounded && fast_bf16_products();
+  if (active_isa() != Isa::kAvx512 || activations == Activations::kExact) return false;
+  return is_quantized(weights) || (weights == Dtype::kBF16 && fast_bf16_products());
 }
 
 void matmul(std::span<const MatmulJob> jobs, ThreadPool& pool, Activations activations) {

@@ -51,14 +51,10 @@ struct MatmulJob {
   int64_t x_count = 0;
 };
 
-// Whether activations may be rounded in jobs of many tokens (from 17), to bfloat16 with BF16 weights (2^-8),
-// to 8 bits for the largest of 32 neighbours with quantised ones (1 / 254). It happens only where the machine
-// multiplies them faster so: AVX-512 without AMX, for BF16 weights with fast_bf16_products().
-enum class Activations {
-  kAuto,     // with quantised weights
-  kExact,    // never: as above
-  kRounded,  // with quantised and with BF16 weights
-};
+// Whether activations may be rounded: with quantised weights to 8 bits for the largest of 32 neighbours
+// (1 / 254), in jobs of many tokens (from 17) with BF16 weights to bfloat16 (2^-8). It happens only where the
+// machine multiplies them faster so: AVX-512 without AMX, for BF16 weights with fast_bf16_products().
+enum class Activations { kExact, kRounded };
 // Whether they are rounded with weights of this type, on this machine.
 bool rounds(Dtype weights, Activations activations);
 

@@ -60,6 +60,11 @@ int run_conversion(const std::string& label, const std::string& target, bool pro
         "{} tensors have rows that the blocks of the wanted type do not fill; they have a wider one",
         with_commas(report.fallbacks)));
   }
+  for (const auto& [dtype, loss] : report.losses) {
+    log_line(fmt::format(
+        "{} is off by {:.2g} % (root mean square; {:.2g} % in {}), at most {} of the format's bound",
+        dtype_name(dtype), 100 * loss.relative, 100 * loss.worst, loss.worst_tensor, percent(loss.of_bound)));
+  }
   log_line(fmt::format("wrote {}: {}; {} of the bytes; {}", target, sizes(report), shares(report),
                        human_duration(clock.seconds())));
   return 0;

@@ -33,13 +33,22 @@ struct StoredShare {
   uint64_t bytes = 0;
 };
 
+// What the tensors of a quantised type lost.
+struct QuantizationLoss {
+  double relative = 0;  // root of the mean square, of the weights'
+  double worst = 0;     // the same of the tensor that lost most
+  std::string worst_tensor;
+  double of_bound = 0;  // the largest error, of what the format allows (quant::error_bound)
+};
+
 struct ConvertReport {
   bool cancelled = false;
   uint64_t source_bytes = 0;  // of all tensors; 0 for random weights
   uint64_t target_bytes = 0;
-  std::map<Dtype, StoredShare> shares;  // of the target
-  int64_t fallbacks = 0;                // tensors of a wider type than wanted: rows do not fill its blocks
-  std::vector<std::string> notes;       // what the user should know, one line each
+  std::map<Dtype, StoredShare> shares;       // of the target
+  std::map<Dtype, QuantizationLoss> losses;  // of tensors that were quantised here
+  int64_t fallbacks = 0;           // tensors of a wider type than wanted: rows do not fill its blocks
+  std::vector<std::string> notes;  // what the user should know, one line each
 };
 
 // source: a Hugging Face directory or a GGUF file; its tokenizer and chat template go along.

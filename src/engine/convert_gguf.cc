@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <optional>
+#include <utility>
 
 #include "base/cpu.h"
 #include "base/error.h"
 #include "base/thread_pool.h"
 #include "engine/convert_source.h"
+#include "engine/quantization_error.h"
 #include "model/gguf_config.h"
 #include "model/random_values.h"
 #include "quant/formats.h"
@@ -105,10 +108,39 @@ class TensorWriter {
         total_(total),
         writer_(writer),
         pool_(options.threads > 0 ? options.threads : physical_cores()),
-        scratch_(static_cast<size_t>(pool_.size())) {}
+        workers_(static_cast<size_t>(pool_.size())) {}
 
   // False when the user's callback asked to stop.
   bool write(const PlannedTensor& t) {
+    const bool complete = write_parts(t);
+    QuantizationSums tensor;
+    for (Worker& worker : workers_) tensor.add(std::exchange(worker.lost, {}));
+    if (!complete || tensor.value == 0) return complete;
+    sums_[t.dtype].add(tensor);
+    QuantizationLoss& loss = losses_[t.dtype];
+    if (tensor.relative() > loss.worst) {
+      loss.worst = tensor.relative();
+      loss.worst_tensor = t.name;
+    }
+    return true;
+  }
+
+  std::map<Dtype, QuantizationLoss> losses() const {
+    auto losses = losses_;
+    for (const auto& [dtype, sums] : sums_) {
+      losses[dtype].relative = sums.relative();
+      losses[dtype].of_bound = sums.of_bound;
+    }
+    return losses;
+  }
+
+ private:
+  struct Worker {
+    std::vector<float> values, again;
+    QuantizationSums lost;  // of the tensor under way
+  };
+
+  bool write_parts(const PlannedTensor& t) {
     for (const size_t parameter : t.parameters) {
       elements_.choose(parameter);
       if (t.content == Content::kKeyRows || t.content == Content::kValueRows) return write_half(t);
@@ -118,7 +150,6 @@ class TensorWriter {
     return true;
   }
 
- private:
   bool report(int64_t elements) {
     done_ += elements;
     return !options_.progress || options_.progress(done_, total_);
@@ -135,12 +166,14 @@ class TensorWriter {
   }
 
   // quantize() with the place in front of its errors.
-  void pack(const PlannedTensor& t, const float* x, int64_t first, int64_t n, std::byte* out) const {
+  void pack(const PlannedTensor& t, const float* x, int64_t first, int64_t n, std::byte* out,
+            Worker& worker) const {
     try {
       quant::quantize(t.dtype, x, n, out);
     } catch (const Error& error) {
       fail("{}: in the elements from {} on: {}", elements_.place(), first, error.what());
     }
+    if (is_quantized(t.dtype)) worker.lost.add(t.dtype, x, n, out, worker.again);
   }
 
   bool convert(const PlannedTensor& t) {
@@ -148,13 +181,14 @@ class TensorWriter {
     for (int64_t start = 0; start < count; start += kChunk) {
       const int64_t end = std::min(count, start + kChunk);
       buffer_.resize(dtype_bytes(t.dtype, end - start));
-      pool_.parallel_for((end - start + kPiece - 1) / kPiece, [&](int64_t index, int worker) {
+      pool_.parallel_for((end - start + kPiece - 1) / kPiece, [&](int64_t index, int thread) {
         const int64_t first = start + index * kPiece;
         const int64_t n = std::min(kPiece, end - first);
-        std::vector<float>& x = scratch_[static_cast<size_t>(worker)];
+        Worker& worker = workers_[static_cast<size_t>(thread)];
+        std::vector<float>& x = worker.values;
         x.resize(kPiece);
         elements_.read(t.content, first, n, x.data());
-        pack(t, x.data(), first, n, buffer_.data() + dtype_bytes(t.dtype, first - start));
+        pack(t, x.data(), first, n, buffer_.data() + dtype_bytes(t.dtype, first - start), worker);
       });
       writer_.write(buffer_.data(), buffer_.size());
       if (!report(end - start)) return false;
@@ -182,7 +216,7 @@ class TensorWriter {
     }
     const auto n = static_cast<int64_t>(half.size());
     buffer_.resize(dtype_bytes(t.dtype, n));
-    pack(t, half.data(), 0, n, buffer_.data());
+    pack(t, half.data(), 0, n, buffer_.data(), workers_.front());
     writer_.write(buffer_.data(), buffer_.size());
     return report(n);
   }
@@ -194,7 +228,9 @@ class TensorWriter {
   int64_t done_ = 0;
   io::GgufWriter& writer_;
   ThreadPool pool_;
-  std::vector<std::vector<float>> scratch_;
+  std::vector<Worker> workers_;
+  std::map<Dtype, QuantizationSums> sums_;
+  std::map<Dtype, QuantizationLoss> losses_;  // the worst tensors, so far
   std::vector<std::byte> buffer_;
 };
 
@@ -249,6 +285,7 @@ void write_data(const std::vector<PlannedTensor>& plan, const Config& config, El
       return;
     }
   }
+  report.losses = tensors.losses();
   writer.commit();
 }
 

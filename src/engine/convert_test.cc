@@ -239,6 +239,22 @@ TEST(Convert, SsmAIsMinusExpOfALog) {
   for (int i = 0; i < 4; ++i) EXPECT_EQ(values[i], -std::exp(log_values[i]));
 }
 
+// Steps of 1 / 127 and 1 / 8 of the largest of 32 normal weights (2.1 deviations on average), rounded
+// uniformly; Q4_K has 16 levels between a block's own ends.
+void expect_losses(const ConvertReport& report) {
+  const std::map<Dtype, double> expected{{Dtype::kQ8_0, 2.1 / 127 / std::sqrt(12)},
+                                         {Dtype::kQ4_0, 2.1 / 8 / std::sqrt(12)},
+                                         {Dtype::kQ4_K, 4.2 / 15 / std::sqrt(12)}};
+  EXPECT_FALSE(report.losses.empty());
+  for (const auto& [dtype, loss] : report.losses) {
+    EXPECT_NEAR(loss.relative / expected.at(dtype), 1.0, 0.4) << dtype_name(dtype);
+    EXPECT_GE(loss.worst, loss.relative * (1 - 1e-9)) << dtype_name(dtype);
+    EXPECT_FALSE(loss.worst_tensor.empty());
+    EXPECT_GT(loss.of_bound, 0.2) << dtype_name(dtype);
+    EXPECT_LE(loss.of_bound, 1.0) << dtype_name(dtype);
+  }
+}
+
 TEST(Convert, QuantizedValuesStayWithinTheBound) {
   const io::TemporaryDirectory directory;
   const std::string file = directory.path() + "/q.gguf";
@@ -261,6 +277,7 @@ TEST(Convert, QuantizedValuesStayWithinTheBound) {
         for (size_t i = first; i < first + block; ++i) ASSERT_LE(std::fabs(x[i] - y[i]), bound) << p.name;
       }
     }
+    expect_losses(report);
   }
 }
 

@@ -13,8 +13,10 @@ namespace kilin::KILIN_ISA {
 
 inline constexpr int kParts = 16 / kLanes;  // vectors that hold a unit of 16 rows
 
-typedef uint8_t VecBytes __attribute__((vector_size(kLanes)));
-typedef int8_t VecSignedBytes __attribute__((vector_size(kLanes)));
+#if defined(__AVX512F__)
+// gcc 12 warns of an uninitialised value inside the forms without a mask
+inline constexpr __mmask16 kAllLanes = 0xffff;
+#endif
 
 KILIN_INLINE VecUint load_unit(const void* p) {
   VecUint v;
@@ -22,7 +24,29 @@ KILIN_INLINE VecUint load_unit(const void* p) {
   return v;
 }
 
-// kLanes bytes as floats
+// kLanes bytes as floats. With the instructions themselves: gcc 12 takes a __builtin_convertvector of bytes
+// apart, byte by byte.
+#if defined(__AVX512F__)
+KILIN_INLINE __m128i load_bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+KILIN_INLINE Vec load_u8(const void* p) {
+  return reinterpret_cast<Vec>(
+      _mm512_maskz_cvtepi32_ps(kAllLanes, _mm512_maskz_cvtepu8_epi32(kAllLanes, load_bytes(p))));
+}
+KILIN_INLINE Vec load_i8(const void* p) {
+  return reinterpret_cast<Vec>(
+      _mm512_maskz_cvtepi32_ps(kAllLanes, _mm512_maskz_cvtepi8_epi32(kAllLanes, load_bytes(p))));
+}
+#elif defined(__AVX2__)
+KILIN_INLINE __m128i load_bytes(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+KILIN_INLINE Vec load_u8(const void* p) {
+  return reinterpret_cast<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_bytes(p))));
+}
+KILIN_INLINE Vec load_i8(const void* p) {
+  return reinterpret_cast<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_bytes(p))));
+}
+#else
+typedef uint8_t VecBytes __attribute__((vector_size(kLanes)));
+typedef int8_t VecSignedBytes __attribute__((vector_size(kLanes)));
 KILIN_INLINE Vec load_u8(const void* p) {
   VecBytes b;
   std::memcpy(&b, p, sizeof b);
@@ -33,6 +57,7 @@ KILIN_INLINE Vec load_i8(const void* p) {
   std::memcpy(&b, p, sizeof b);
   return __builtin_convertvector(__builtin_convertvector(b, VecInt), Vec);
 }
+#endif
 
 KILIN_INLINE int32_t load_i32(const int8_t* p) {
   int32_t v;

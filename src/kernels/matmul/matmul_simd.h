@@ -5,11 +5,9 @@
 #include <immintrin.h>
 
 #include "kernels/cpu/vec.h"
+#include "kernels/matmul/integers.h"
 
 namespace kilin::KILIN_ISA {
-
-// gcc 12 warns of an uninitialised value inside the forms without a mask
-inline constexpr __mmask16 kAllLanes = 0xffff;
 
 // Whether one of 32 values is NaN or infinite.
 KILIN_INLINE bool any_spoilt(Vec first, Vec second) {

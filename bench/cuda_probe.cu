@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda_probe.h"
 #include "kernels/cuda/check.h"
-#include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/ptx.cuh"
 
 namespace kilin {
 namespace {
@@ -24,12 +24,8 @@ __global__ void __launch_bounds__(256, 2) rewrite_registers(float4* data, float 
 // Copies `bytes` (a multiple of 16) to shared memory; the barrier, which has one arrival, completes when they
 // are there. One thread calls it.
 __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-  mbarrier_expect(barrier, bytes);
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
+  barrier_arrive_expect(shared_address(barrier), bytes);
+  cuda::bulk_load(shared_address(to), from, bytes, shared_address(barrier));
 }
 
 template <int kBytes, int kStages>
@@ -37,8 +33,8 @@ __global__ void __launch_bounds__(256, 1) rewrite_bulk(char* data, int64_t piece
   extern __shared__ __align__(128) char stages[];
   __shared__ uint64_t barriers[kStages];
   if (threadIdx.x == 0) {
-    for (uint64_t& barrier : barriers) mbarrier_init(&barrier, 1);
-    mbarrier_init_fence();
+    for (uint64_t& barrier : barriers) barrier_init(shared_address(&barrier), 1);
+    barrier_init_fence();
   }
   __syncthreads();
   const int64_t step = gridDim.x;
@@ -58,7 +54,7 @@ __global__ void __launch_bounds__(256, 1) rewrite_bulk(char* data, int64_t piece
       bulk_load(stages + stage * kBytes, data + (piece + kAhead * step) * kBytes, kBytes, &barriers[stage]);
     }
     const int stage = n % kStages;
-    mbarrier_wait(&barriers[stage], n / kStages % 2);
+    barrier_wait(shared_address(&barriers[stage]), n / kStages % 2);
     float4* at = reinterpret_cast<float4*>(stages + stage * kBytes) + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kBytes / 16 / 256; ++i) {
@@ -66,16 +62,14 @@ __global__ void __launch_bounds__(256, 1) rewrite_bulk(char* data, int64_t piece
       x.x *= factor, x.y *= factor, x.z *= factor, x.w *= factor;
       at[i * 256] = x;
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    async_proxy_fence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(data + piece * kBytes),
-                   "r"(shared_address(stages + stage * kBytes)), "r"(kBytes)
-                   : "memory");
-      asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+      bulk_store(data + piece * kBytes, shared_address(stages + stage * kBytes), kBytes);
+      bulk_commit();
     }
   }
-  if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  if (threadIdx.x == 0) bulk_wait();
 }
 
 template <int kBytes, int kStages>

@@ -139,10 +139,7 @@ void validate(const ShortConvCudaParams& p) {
   check(p.type == CudaType::kBf16 || p.type == CudaType::kF16, "{}: u must be bfloat16 or float16", kName);
   check(p.weight != nullptr && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0,
         "{}: weight is null or not aligned to 16 bytes", kName);
-  check(p.tokens == 0 || (p.u.data != nullptr && reinterpret_cast<uintptr_t>(p.u.data) % 16 == 0 &&
-                          p.u.stride >= p.channels && p.u.stride % 8 == 0),
-        "{}: u is null, not aligned to 16 bytes, or its stride {} is no multiple of 8 from {} on", kName,
-        p.u.stride, p.channels);
+  check_rows("u", p.u.data, p.u.stride, p);
   for (const ConvStates* states : {&p.initial, &p.final}) {
     check(states->data == nullptr ||
               (reinterpret_cast<uintptr_t>(states->data) % 16 == 0 && states->slot_stride % 8 == 0 &&

@@ -9,6 +9,7 @@
 
 #include "kernels/conv/short_conv_cuda.h"
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/sequences.cuh"
 #include "kernels/cuda/vector.cuh"
 
 namespace kilin::short_conv {
@@ -17,32 +18,6 @@ using namespace cuda;
 
 constexpr int kThreads = 128;
 constexpr int kBatch = 4;
-
-struct Sequences {
-  const void* offsets;
-  bool wide;
-  int count;
-  int64_t tokens;
-
-  __device__ __forceinline__ int64_t begin(int n) const {
-    if (offsets == nullptr) return n * (tokens / count);
-    return wide ? static_cast<const int64_t*>(offsets)[n] : static_cast<const int32_t*>(offsets)[n];
-  }
-  // The sequence of token t: the last one that begins at or before it.
-  __device__ __forceinline__ int find(int64_t t) const {
-    int low = 0;
-    int high = count - 1;
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (begin(middle) <= t) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    return low;
-  }
-};
 
 __device__ __forceinline__ int slot_of(const ConvStates& states, int n) {
   return states.slots != nullptr ? states.slots[n] : n;
@@ -149,10 +124,7 @@ void dispatch(const ShortConvCudaParams& p, const Run& run) {
 }
 
 inline void check_rows(const char* name, const void* data, int64_t stride, const ShortConvCudaParams& p) {
-  check(p.tokens == 0 || (data != nullptr && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-                          stride >= p.channels && stride % 8 == 0),
-        "short_conv: {} is null, not aligned to 16 bytes, or its stride {} is no multiple of 8 from {} on",
-        name, stride, p.channels);
+  cuda::check_rows("short_conv", name, data, stride, p.channels, p.tokens);
 }
 
 }  // namespace kilin::short_conv

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "kernels/cuda/ptx.cuh"
+
 namespace kilin::cuda {
 
 // Arrives without ordering memory accesses (a release would wait for all stores of the thread).
@@ -20,27 +22,8 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* local) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(local));
-}
-
-__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
-               : "memory");
-}
-
-// Makes initialised barriers visible to the other CTAs, with the cluster's barrier behind it.
-__device__ __forceinline__ void mbarrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+// As barrier_wait, and what other CTAs wrote before they reported to the barrier is visible.
+__device__ __forceinline__ void cluster_barrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n .reg .pred done;\n wait:\n"
       " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"

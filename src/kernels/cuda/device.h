@@ -5,16 +5,18 @@
 
 namespace kilin {
 
-// The current device, asked of the driver once per device.
+// The current device and what the current context may use of it.
 struct CudaDevice {
+  // Of the context: fewer than the chip has in a green context, or under MPS with a share of it.
   int multiprocessors = 0;
   int major = 0, minor = 0;     // compute capability
   int shared_memory_limit = 0;  // bytes that one block may ask for
   int64_t l2_bytes = 0;
 };
 
-// Throws Error when there is no usable device. Makes no CUDA call that a graph capture forbids.
-const CudaDevice& cuda_device();
+// Throws Error when there is no usable device. Asks the driver once per device and, for the multiprocessors,
+// when a thread comes with another context; makes no CUDA call that a graph capture forbids.
+CudaDevice cuda_device();
 
 // Whether a GPU is there that runs code for sm_90a.
 bool cuda_available();

@@ -128,7 +128,13 @@ __device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t (&a)[4
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// The same in tf32 with k = 8: A: a0 = A[g][t], a1 = A[g + 8][t], a2 = A[g][t + 4], a3 = A[g + 8][t + 4]; B:
+// The accumulators of two groups of 8 columns, d[0] to d[3] and d[4] to d[7], rounded, as an A operand.
+template <class Element>
+__device__ __forceinline__ void pack_operand(const float* d, uint32_t (&a)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = pack<Element>(d[2 * i], d[2 * i + 1]);
+}
+// mma in tf32 with k = 8: A: a0 = A[g][t], a1 = A[g + 8][t], a2 = A[g][t + 4], a3 = A[g + 8][t + 4]; B:
 // b0 = B[t][g], b1 = B[t + 4][g]. The low 13 bits of each float are not looked at.
 __device__ __forceinline__ void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0,
                                          float b1) {

@@ -20,10 +20,18 @@ __device__ __forceinline__ uint16_t to_bits(float value, CudaType type) {
                                  : __half_as_ushort(__float2half_rn(value));
 }
 
-// Element i of an array whose type is known at run time (the same for all threads, so the branch is free).
+// Element i of an array whose type is known at run time (the same for all threads, so the branch is free), in
+// two steps where what comes between must not wait for the load.
+__device__ __forceinline__ uint32_t load_bits(const void* data, CudaType type, int64_t i) {
+  if (type == CudaType::kF32) return static_cast<const uint32_t*>(data)[i];
+  return static_cast<const uint16_t*>(data)[i];
+}
+__device__ __forceinline__ float float_of_bits(uint32_t bits, CudaType type) {
+  if (type == CudaType::kF32) return __uint_as_float(bits);
+  return from_bits(static_cast<uint16_t>(bits), type);
+}
 __device__ __forceinline__ float load(const void* data, CudaType type, int64_t i) {
-  if (type == CudaType::kF32) return static_cast<const float*>(data)[i];
-  return from_bits(static_cast<const uint16_t*>(data)[i], type);
+  return float_of_bits(load_bits(data, type, i), type);
 }
 
 __device__ __forceinline__ void store(void* data, CudaType type, int64_t i, float value) {
@@ -31,6 +39,21 @@ __device__ __forceinline__ void store(void* data, CudaType type, int64_t i, floa
     static_cast<float*>(data)[i] = value;
   } else {
     static_cast<uint16_t*>(data)[i] = to_bits(value, type);
+  }
+}
+
+// Elements i and i + 1 of states (CudaStates), i even.
+__device__ __forceinline__ float2 load_pair(const void* data, CudaType type, int64_t i) {
+  if (type == CudaType::kF32) return *reinterpret_cast<const float2*>(static_cast<const float*>(data) + i);
+  const uint32_t bits = *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(data) + i);
+  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+}
+
+__device__ __forceinline__ void store_pair(void* data, CudaType type, int64_t i, float2 x) {
+  if (type == CudaType::kF32) {
+    *reinterpret_cast<float2*>(static_cast<float*>(data) + i) = x;
+  } else {
+    *reinterpret_cast<__nv_bfloat162*>(static_cast<uint16_t*>(data) + i) = __floats2bfloat162_rn(x.x, x.y);
   }
 }
 
@@ -102,6 +125,14 @@ __device__ __forceinline__ RawFour issue_4(const void* data, CudaType type, int6
   four.high.x = issue_32(words, 2 * step, there && wide);
   four.high.y = issue_32(words, 3 * step, there && wide);
   return four;
+}
+
+// The sum over kLanes neighbouring lanes (a power of two), which all of them get; the whole warp calls it.
+template <int kLanes>
+__device__ __forceinline__ float lane_sum(float x) {
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(~0u, x, mask);
+  return x;
 }
 
 // 1 / (1 + e^-x): e^-x may be infinite, the quotient is then 0.

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Device code: rows of 16-bit values, 8 or 4 at a time, as floats. The type is known at compile time.
 #pragma once
+#include <type_traits>
+
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/scalar.cuh"
 
 namespace kilin::cuda {
@@ -17,26 +20,18 @@ struct Bits<4> {
 };
 
 template <CudaType kType>
+using ElementOf = std::conditional_t<kType == CudaType::kBf16, __nv_bfloat16, __half>;
+
+template <CudaType kType>
 __device__ __forceinline__ void unpack_word(uint32_t word, float& low, float& high) {
-  if constexpr (kType == CudaType::kBf16) {
-    low = __uint_as_float(word << 16);
-    high = __uint_as_float(word & 0xffff0000u);
-  } else {
-    const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&word));
-    low = both.x;
-    high = both.y;
-  }
+  const float2 both = unpack<ElementOf<kType>>(word);
+  low = both.x;
+  high = both.y;
 }
 
 template <CudaType kType>
 __device__ __forceinline__ uint32_t pack_word(float low, float high) {
-  if constexpr (kType == CudaType::kBf16) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&both);
-  } else {
-    const __half2 both = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&both);
-  }
+  return pack<ElementOf<kType>>(low, high);
 }
 
 template <CudaType kType>

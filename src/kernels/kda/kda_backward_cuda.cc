@@ -14,13 +14,6 @@ void check_gradient(const CudaGradient& gradient, const char* name, int64_t widt
         "KDA gradients on the GPU: {} must be aligned to {} elements at every token", name, alignment);
 }
 
-void check_states(const CudaStates& states, const char* name, const KdaCudaParams& p) {
-  if (states.data == nullptr) return;
-  const int64_t size = static_cast<int64_t>(p.value_heads) * p.value_dim * p.key_dim;
-  check(states.slot_stride >= size, "KDA gradients on the GPU: slot stride of {} is {}, expected at least {}",
-        name, states.slot_stride, size);
-}
-
 }  // namespace
 
 void validate(const KdaBackwardCudaParams& params) {
@@ -35,8 +28,8 @@ void validate(const KdaBackwardCudaParams& params) {
   check(p.key_dim == p.value_dim,
         "KDA gradients on the GPU: key dimension {} and value dimension {} must be the same", p.key_dim,
         p.value_dim);
-  check_states(params.d_final, "d_final", p);
-  check_states(params.d_initial, "d_initial", p);
+  validate_states(params.d_final, "d_final", p);
+  validate_states(params.d_initial, "d_initial", p);
   check_gradient(params.d_q, "d_q", key_row, 1);
   check_gradient(params.d_k, "d_k", key_row, 1);
   check_gradient(params.d_v, "d_v", value_row, 2);

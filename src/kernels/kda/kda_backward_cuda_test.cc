@@ -7,11 +7,11 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/gpu_test.h"
@@ -20,62 +20,11 @@
 namespace kilin {
 namespace {
 
-// One value in a 16-bit or 32-bit type, and back.
-uint32_t encode_one(CudaType type, float x) {
-  uint32_t bits;
-  if (type == CudaType::kF16) {
-    const _Float16 half = static_cast<_Float16>(x);
-    uint16_t low;
-    std::memcpy(&low, &half, 2);
-    return low;
-  }
-  std::memcpy(&bits, &x, 4);
-  return type == CudaType::kF32 ? bits : (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+TypedArray filled(CudaType type, int64_t count, const std::function<float()>& next) {
+  std::vector<double> values(static_cast<size_t>(count));
+  for (double& x : values) x = static_cast<double>(next());
+  return {type, std::move(values)};
 }
-
-float decode_one(CudaType type, uint32_t bits) {
-  float x;
-  if (type == CudaType::kF16) {
-    const auto low = static_cast<uint16_t>(bits);
-    _Float16 half;
-    std::memcpy(&half, &low, 2);
-    return static_cast<float>(half);
-  }
-  if (type == CudaType::kBf16) bits <<= 16;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-size_t size_of(CudaType type) { return type == CudaType::kF32 ? 4 : 2; }
-
-// Values that the type can hold, on the device and in double.
-struct Values {
-  CudaType type = CudaType::kF32;
-  std::vector<double> host;
-  GpuArray<uint8_t> device;
-
-  void fill(CudaType of, int64_t count, const std::function<float()>& next) {
-    type = of;
-    std::vector<uint8_t> bytes(static_cast<size_t>(count) * size_of(type));
-    host.resize(static_cast<size_t>(count));
-    for (size_t i = 0; i < host.size(); ++i) {
-      const uint32_t bits = encode_one(type, next());
-      host[i] = static_cast<double>(decode_one(type, bits));
-      std::memcpy(&bytes[i * size_of(type)], &bits, size_of(type));
-    }
-    device = GpuArray<uint8_t>(bytes);
-  }
-  std::vector<double> read() const {
-    const std::vector<uint8_t> bytes = device.host();
-    std::vector<double> values(bytes.size() / size_of(type));
-    for (size_t i = 0; i < values.size(); ++i) {
-      uint32_t bits = 0;
-      std::memcpy(&bits, &bytes[i * size_of(type)], size_of(type));
-      values[i] = static_cast<double>(decode_one(type, bits));
-    }
-    return values;
-  }
-};
 
 struct Case {
   std::vector<int> lengths;
@@ -97,7 +46,7 @@ struct Case {
 };
 
 struct Outputs {
-  Values q, k, v, gate, beta, a_log, dt_bias, state;
+  TypedArray q, k, v, gate, beta, a_log, dt_bias, state;
 };
 
 struct Problem {
@@ -105,7 +54,7 @@ struct Problem {
   int64_t tokens = 0;
   std::vector<int32_t> cu_seqlens{0};
   GpuArray<int32_t> offsets;
-  Values q, k, v, gate, beta, a_log, dt_bias, state, d_out, d_state;
+  TypedArray q, k, v, gate, beta, a_log, dt_bias, state, d_out, d_state;
 
   explicit Problem(const Case& wanted) : c(wanted) {
     for (int n : c.lengths) cu_seqlens.push_back(cu_seqlens.back() + n);
@@ -125,11 +74,11 @@ struct Problem {
       return x;
     }();
     size_t index = 0;
-    q.fill(c.type, tokens * c.heads * K, values(0.0f, key_size));
-    k.fill(c.type, tokens * c.heads * K,
-           [&] { return c.repeated_keys ? first[index++ % first.size()] : key_size * normal(random); });
-    v.fill(c.type, tokens * c.value_heads * K, values(0.0f, 1.0f));
-    gate.fill(c.gate_type, tokens * c.value_heads * K, [&] {
+    q = filled(c.type, tokens * c.heads * K, values(0.0f, key_size));
+    k = filled(c.type, tokens * c.heads * K,
+               [&] { return c.repeated_keys ? first[index++ % first.size()] : key_size * normal(random); });
+    v = filled(c.type, tokens * c.value_heads * K, values(0.0f, 1.0f));
+    gate = filled(c.gate_type, tokens * c.value_heads * K, [&] {
       float x = c.gate_offset + normal(random);
       if (c.gate == KdaGate::kNone) x = -std::fabs(0.1f * x);
       if (uniform(random) < c.steep) x = c.gate == KdaGate::kNone ? -1000.0f : 1000.0f;
@@ -137,30 +86,30 @@ struct Problem {
       return x;
     });
     int turn = 0;
-    beta.fill(c.beta_type, tokens * c.value_heads, [&] {
+    beta = filled(c.beta_type, tokens * c.value_heads, [&] {
       const float x = normal(random);
       if (c.logits) return x;
       return turn++ % 7 == 3 ? 0.0f : std::fabs(std::sin(x));
     });
-    a_log.fill(CudaType::kF32, c.value_heads, values(0.3f, 0.5f));
-    dt_bias.fill(CudaType::kF32, c.value_heads * K, values(-1.0f, 0.5f));
+    a_log = filled(CudaType::kF32, c.value_heads, values(0.3f, 0.5f));
+    dt_bias = filled(CudaType::kF32, c.value_heads * K, values(-1.0f, 0.5f));
     const auto states = static_cast<int64_t>(c.lengths.size()) * c.value_heads * K * K;
-    state.fill(CudaType::kF32, states, values(0.0f, 0.3f));
-    d_out.fill(c.type, tokens * c.value_heads * K, values(0.0f, 1.0f));
-    d_state.fill(CudaType::kF32, states, values(0.0f, 0.3f));
+    state = filled(CudaType::kF32, states, values(0.0f, 0.3f));
+    d_out = filled(c.type, tokens * c.value_heads * K, values(0.0f, 1.0f));
+    d_state = filled(CudaType::kF32, states, values(0.0f, 0.3f));
   }
 
   KdaBackwardCudaParams params(Outputs& to) const {
     const int64_t H = c.heads, HV = c.value_heads, K = c.dim;
     const auto nothing = [] { return std::nanf(""); };  // what is not written shows
-    to.q.fill(c.type, tokens * H * K, nothing);
-    to.k.fill(c.type, tokens * H * K, nothing);
-    to.v.fill(c.type, tokens * HV * K, nothing);
-    to.gate.fill(c.gate_type, tokens * HV * K, nothing);
-    to.beta.fill(c.beta_type, tokens * HV, nothing);
-    to.a_log.fill(CudaType::kF32, HV, nothing);
-    to.dt_bias.fill(CudaType::kF32, HV * K, nothing);
-    to.state.fill(CudaType::kF32, static_cast<int64_t>(state.host.size()), nothing);
+    to.q = filled(c.type, tokens * H * K, nothing);
+    to.k = filled(c.type, tokens * H * K, nothing);
+    to.v = filled(c.type, tokens * HV * K, nothing);
+    to.gate = filled(c.gate_type, tokens * HV * K, nothing);
+    to.beta = filled(c.beta_type, tokens * HV, nothing);
+    to.a_log = filled(CudaType::kF32, HV, nothing);
+    to.dt_bias = filled(CudaType::kF32, HV * K, nothing);
+    to.state = filled(CudaType::kF32, static_cast<int64_t>(state.values().size()), nothing);
     KdaBackwardCudaParams p;
     KdaCudaParams& f = p.forward;
     f.heads = c.heads;
@@ -170,32 +119,32 @@ struct Problem {
     f.tokens = tokens;
     f.cu_seqlens = c.varlen ? offsets.data() : nullptr;
     f.type = c.type;
-    f.q = {q.device.data(), H * K};
-    f.k = {k.device.data(), H * K};
-    f.v = {v.device.data(), HV * K};
-    f.gate = {gate.device.data(), HV * K};
+    f.q = {q.data(), H * K};
+    f.k = {k.data(), H * K};
+    f.v = {v.data(), HV * K};
+    f.gate = {gate.data(), HV * K};
     f.gate_type = c.gate_type;
-    f.beta = {beta.device.data(), HV};
+    f.beta = {beta.data(), HV};
     f.beta_type = c.beta_type;
     f.gate_kind = c.gate;
     const bool raw = c.gate == KdaGate::kNone;
-    f.a_log = raw ? nullptr : reinterpret_cast<const float*>(a_log.device.data());
-    f.dt_bias = raw ? nullptr : reinterpret_cast<const float*>(dt_bias.device.data());
+    f.a_log = raw ? nullptr : reinterpret_cast<const float*>(a_log.data());
+    f.dt_bias = raw ? nullptr : reinterpret_cast<const float*>(dt_bias.data());
     f.l2norm = c.l2norm;
     f.beta_is_logit = c.logits;
     f.scale = 1.0f / std::sqrt(static_cast<float>(K));
-    f.initial = {state.device.data(), CudaType::kF32, HV * K * K, nullptr};
-    p.d_out = {d_out.device.data(), HV * K};
-    p.d_final = {d_state.device.data(), CudaType::kF32, HV * K * K, nullptr};
-    p.d_initial = {to.state.device.data(), CudaType::kF32, HV * K * K, nullptr};
-    p.d_q = {to.q.device.data(), H * K};
-    p.d_k = {to.k.device.data(), H * K};
-    p.d_v = {to.v.device.data(), HV * K};
-    p.d_gate = {to.gate.device.data(), HV * K};
-    p.d_beta = {to.beta.device.data(), HV};
+    f.initial = {state.data(), CudaType::kF32, HV * K * K, nullptr};
+    p.d_out = {d_out.data(), HV * K};
+    p.d_final = {d_state.data(), CudaType::kF32, HV * K * K, nullptr};
+    p.d_initial = {to.state.data(), CudaType::kF32, HV * K * K, nullptr};
+    p.d_q = {to.q.data(), H * K};
+    p.d_k = {to.k.data(), H * K};
+    p.d_v = {to.v.data(), HV * K};
+    p.d_gate = {to.gate.data(), HV * K};
+    p.d_beta = {to.beta.data(), HV};
     if (!raw) {
-      p.d_a_log = reinterpret_cast<float*>(to.a_log.device.data());
-      p.d_dt_bias = reinterpret_cast<float*>(to.dt_bias.device.data());
+      p.d_a_log = reinterpret_cast<float*>(to.a_log.data());
+      p.d_dt_bias = reinterpret_cast<float*>(to.dt_bias.data());
     }
     return p;
   }
@@ -224,10 +173,10 @@ Expected oracle(const Problem& problem) {
   p.scale = 1.0f / std::sqrt(static_cast<float>(K));
   const size_t pairs = c.lengths.size() * static_cast<size_t>(HV);
   std::vector<KdaReferenceGradients> all(pairs);
-  const auto slice = [&](const Values& x, size_t n, int64_t stride, int64_t column, int64_t width) {
+  const auto slice = [&](const TypedArray& x, size_t n, int64_t stride, int64_t column, int64_t width) {
     std::vector<double> to;
     for (int64_t t = problem.cu_seqlens[n]; t < problem.cu_seqlens[n + 1]; ++t) {
-      const auto row = x.host.begin() + t * stride + column;
+      const auto row = x.values().begin() + t * stride + column;
       to.insert(to.end(), row, row + width);
     }
     return to;
@@ -243,9 +192,9 @@ Expected oracle(const Problem& problem) {
           p, c.lengths[n], slice(problem.q, n, H * K, h * K, K).data(),
           slice(problem.k, n, H * K, h * K, K).data(), slice(problem.v, n, HV * K, hv * K, K).data(),
           slice(problem.gate, n, HV * K, hv * K, K).data(), slice(problem.beta, n, HV, hv, 1).data(),
-          problem.a_log.host[static_cast<size_t>(hv)], problem.dt_bias.host.data() + hv * K,
-          problem.state.host.data() + state, slice(problem.d_out, n, HV * K, hv * K, K).data(),
-          problem.d_state.host.data() + state);
+          problem.a_log.values()[static_cast<size_t>(hv)], problem.dt_bias.values().data() + hv * K,
+          problem.state.values().data() + state, slice(problem.d_out, n, HV * K, hv * K, K).data(),
+          problem.d_state.values().data() + state);
     });
     if (threads.size() == 16 || i + 1 == pairs) {
       for (std::thread& thread : threads) thread.join();
@@ -253,8 +202,9 @@ Expected oracle(const Problem& problem) {
     }
   }
   Expected e;
-  e.q.resize(problem.q.host.size()), e.k.resize(problem.k.host.size()), e.v.resize(problem.v.host.size());
-  e.gate.resize(problem.gate.host.size()), e.beta.resize(problem.beta.host.size());
+  e.q.resize(problem.q.values().size()), e.k.resize(problem.k.values().size()),
+      e.v.resize(problem.v.values().size());
+  e.gate.resize(problem.gate.values().size()), e.beta.resize(problem.beta.values().size());
   e.a_log.resize(static_cast<size_t>(HV)), e.dt_bias.resize(static_cast<size_t>(HV * K));
   for (size_t i = 0; i < pairs; ++i) {
     const size_t n = i / static_cast<size_t>(HV);
@@ -281,9 +231,9 @@ Expected oracle(const Problem& problem) {
 }
 
 // Prints the relative error and where it is worst when it is above the tolerance.
-void compare(const char* what, const char* name, const Values& found, const std::vector<double>& expected,
+void compare(const char* what, const char* name, const TypedArray& found, const std::vector<double>& expected,
              double tolerance, std::string& line) {
-  const std::vector<double> x = found.read();
+  const std::vector<double> x = found.now();
   ASSERT_EQ(x.size(), expected.size());
   double difference = 0.0, norm = 0.0, worst = -1.0;
   size_t place = 0, bad = 0;
@@ -390,14 +340,14 @@ TEST_F(KdaBackwardCuda, TheSameInputsGiveTheSameBits) {
   problem.run(first);
   for (int i = 0; i < 5; ++i) {
     problem.run(second);
-    EXPECT_EQ(first.q.device.host(), second.q.device.host());
-    EXPECT_EQ(first.k.device.host(), second.k.device.host());
-    EXPECT_EQ(first.v.device.host(), second.v.device.host());
-    EXPECT_EQ(first.gate.device.host(), second.gate.device.host());
-    EXPECT_EQ(first.beta.device.host(), second.beta.device.host());
-    EXPECT_EQ(first.a_log.device.host(), second.a_log.device.host());
-    EXPECT_EQ(first.dt_bias.device.host(), second.dt_bias.device.host());
-    EXPECT_EQ(first.state.device.host(), second.state.device.host());
+    EXPECT_EQ(first.q.bytes(), second.q.bytes());
+    EXPECT_EQ(first.k.bytes(), second.k.bytes());
+    EXPECT_EQ(first.v.bytes(), second.v.bytes());
+    EXPECT_EQ(first.gate.bytes(), second.gate.bytes());
+    EXPECT_EQ(first.beta.bytes(), second.beta.bytes());
+    EXPECT_EQ(first.a_log.bytes(), second.a_log.bytes());
+    EXPECT_EQ(first.dt_bias.bytes(), second.dt_bias.bytes());
+    EXPECT_EQ(first.state.bytes(), second.state.bytes());
   }
 }
 

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// First stage of the gradients (kda_backward_prepare_sm90.cuh): loads, norms, decays, L and P.
+// First stage of the gradients (kda_backward_prepare_sm90.cuh): loads, norms, decays, L and P. What one warp
+// does of its 16 tokens is that of the chunk kernels (kda_pairs_sm90.cuh), but for operands in fp16.
 #pragma once
 #include "kernels/kda/kda_backward_sm90.cuh"
+#include "kernels/kda/kda_gates_sm90.cuh"
+#include "kernels/kda/kda_inverse_sm90.cuh"
+#include "kernels/kda/kda_pairs_sm90.cuh"
 
 namespace kilin::cuda::backward {
 
@@ -26,35 +30,10 @@ struct PrepareShared {
   static constexpr int kBytes = kBeta + kChunk * 4;
 };
 
-// log2 of the decay of one token, at least -24.
-__device__ __forceinline__ float log2_decay(KdaGate kind, float x, float bias, float rate,
-                                            float lower_bound) {
-  constexpr float kLog2e = 1.44269504f;
-  float y;
-  if (kind == KdaGate::kSoftplus) {
-    // -rate log2(1 + e^x) = -rate (max(z, 0) + log2(1 + 2^-|z|)), z = x log2 e. Small terms by their series:
-    // what 1 + 2^-|z| loses would add up over a long, slow decay.
-    const float z = (x + bias) * kLog2e;
-    const float e = fast_exp2(-fabsf(z));
-    const float series = kLog2e * e * (1.0f - e * (0.5f - e * (0.33333333f - 0.25f * e)));
-    const float tail = e < 0.0625f ? series : fast_log2(1.0f + e);
-    y = -rate * (fmaxf(z, 0.0f) + tail);
-  } else if (kind == KdaGate::kBounded) {
-    y = lower_bound * kLog2e * fast_reciprocal(1.0f + fast_exp2(-rate * kLog2e * (x + bias)));
-  } else {
-    y = x * kLog2e;
-  }
-  return fmaxf(y, -24.0f);
-}
-
 __device__ __forceinline__ float round_tf32(float x) {
   uint32_t y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return __uint_as_float(y);
-}
-
-__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
 // State of one thread of kda_prepare; the steps in the order in which they are called.
@@ -62,6 +41,7 @@ template <class Element, int K, class GateElement>
 struct Prepare {
   using Image = KdaImage<K>;
   using Shared = PrepareShared<K>;
+  using Pairs = ChunkPairs<Element, __half>;
   static constexpr int kSteps = K / 16;  // of 16 channels
 
   const KdaPrepareArgs& args;
@@ -70,36 +50,26 @@ struct Prepare {
   int head, length;  // value head, tokens of this chunk
   int64_t first;     // token
   int warp, lane, g, t;
-  uint32_t row_piece;  // offset of this lane's row for ldmatrix, without the piece
-  float row_beta[2];   // of rows g and g + 8
-  float l[4][2][4];    // L of this warp's rows, [sub-chunk][8 columns][registers]; [3] is the diagonal block
-  float p[4][2][4];    // q k^T alike
+  float row_beta[2];  // of rows g and g + 8
+  float l[4][2][4];   // L of this warp's rows, [sub-chunk][8 columns][registers]; [3] is the diagonal block
+  float p[4][2][4];   // q k^T alike
 
   __device__ __forceinline__ float* floats(int offset) const {
     return reinterpret_cast<float*>(shared + offset);
   }
   __device__ __forceinline__ int row(int half) const { return 16 * warp + g + 8 * half; }
-  // Address for ldmatrix of the 16 x 16 block (rows of sub-chunk, columns 16 step ...) of a swizzled matrix.
+  // Address for ldmatrix and stmatrix of the 16 x 16 block (rows of sub-chunk, columns 16 step ...) of a
+  // swizzled matrix.
   __device__ __forceinline__ uint32_t block_address(int matrix, int sub_chunk, int step) const {
     const int r = 16 * sub_chunk + (lane & 15);
-    return base + matrix + swizzled(r, 2 * step + (lane >> 4));
-  }
-  // Address of the pair of elements (row of half, columns 16 step + 8 n + 2t) of a swizzled matrix.
-  __device__ __forceinline__ uint32_t pair_address(int matrix, int half, int step, int n) const {
-    return base + matrix + swizzled(row(half), 2 * step + n) + 4 * t;
+    return base + matrix + swizzled<kChunk>(r, 2 * step + (lane >> 4));
   }
 
   __device__ __forceinline__ void load() {
     const int kv_head = head / (args.value_heads / args.heads);
     const auto copy = [&](int matrix, const void* from, int64_t stride, int column) {
-      const Element* rows = static_cast<const Element*>(from) + first * stride + column;
-      constexpr int kPieces = K / 8;
-#pragma unroll 4
-      for (int i = threadIdx.x; i < kChunk * kPieces; i += 128) {
-        const int r = i / kPieces, piece = i % kPieces;
-        copy_16_async(base + matrix + swizzled(r, piece), rows + (r < length ? r * stride : 0) + piece * 8,
-                      r < length);
-      }
+      copy_rows<128, K / 8>(static_cast<const Element*>(from) + first * stride + column, stride, length,
+                            [&](int r, int piece) { return base + matrix + swizzled<kChunk>(r, piece); });
     };
     if constexpr (sizeof(GateElement) == 2) copy(Image::kMinusW, args.gate, args.gate_stride, head * K);
     copy(Image::kK, args.k, args.k_stride, kv_head * K);
@@ -108,9 +78,8 @@ struct Prepare {
     if (threadIdx.x < kChunk) {
       float beta = 0.0f;
       if (threadIdx.x < length) {
-        beta = load_float(args.beta, args.beta_type, (first + threadIdx.x) * args.beta_stride + head);
-        if (args.beta_is_logit) beta = 1.0f / (1.0f + __expf(-beta));
-        beta *= args.beta_scale;
+        beta = beta_of(cuda::load(args.beta, args.beta_type, (first + threadIdx.x) * args.beta_stride + head),
+                       args.beta_is_logit, args.beta_scale);
       }
       floats(Shared::kBeta)[threadIdx.x] = beta;
     }
@@ -121,217 +90,83 @@ struct Prepare {
   }
 
   // 1 / norm of rows g and g + 8 of q or k.
-  __device__ __forceinline__ void inverse_norms(int matrix, float (&result)[2]) const {
-    result[0] = result[1] = 1.0f;
+  __device__ __forceinline__ void inverse_norms(int matrix, float (&norm)[2]) const {
+    norm[0] = norm[1] = 1.0f;
     if (!args.l2norm) return;
-    float sum[2] = {0.0f, 0.0f};
+    float upper[4] = {}, lower[4] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t r[4];
       ldmatrix(r, block_address(matrix, warp, step));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 x = unpack<Element>(r[i]);
-        sum[i & 1] = fmaf(x.x, x.x, fmaf(x.y, x.y, sum[i & 1]));
-      }
+      Pairs::add_squares(upper, lower, r);
     }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
-      sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
-      result[h] = rsqrtf(sum[h] + 1e-6f);
-    }
+    Pairs::inverse_norms(lane, upper, lower, norm);
   }
 
-  // log2 decays of tokens 2t, 2t + 1 (+ 8 half) and channel g (+ 8 n) of the step.
-  __device__ __forceinline__ void gates(int step, float rate, float (&x)[2][2][2]) const {
-    if constexpr (sizeof(GateElement) == 2) {
-      uint32_t r[4];
-      ldmatrix_trans(r, block_address(Image::kMinusW, warp, step));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack<GateElement>(r[i]);
-        x[i >> 1][i & 1][0] = pair.x;
-        x[i >> 1][i & 1][1] = pair.y;
-      }
+  // log2 decays of a step, as raw_gates() lays them out.
+  template <KdaGate kGate>
+  __device__ __forceinline__ void gates(int step, const GateCurve& curve, float (&x)[2][2][2]) const {
+    const int channel = head * K + 16 * step + g;
+    const float* rows = nullptr;
+    if constexpr (sizeof(GateElement) == 4)
+      rows = static_cast<const float*>(args.gate) + (first + 16 * warp) * args.gate_stride + channel;
+    raw_gates<GateElement>(block_address(Image::kMinusW, warp, step), rows, args.gate_stride, t,
+                           length - 16 * warp, x);
+    const float* biases = args.dt_bias != nullptr ? args.dt_bias + channel : nullptr;
+    log2_decays<kGate>([&](int n) { return biases != nullptr ? __ldg(biases + 8 * n) : 0.0f; }, curve, t,
+                       length - 16 * warp, x);
+  }
+  // The kind of gate is an argument of the kernel here, not of the template: a third as many kernels, for one
+  // branch per step.
+  __device__ __forceinline__ void gates(int step, const GateCurve& curve, float (&x)[2][2][2]) const {
+    if (args.gate_kind == KdaGate::kSoftplus) {
+      gates<KdaGate::kSoftplus>(step, curve, x);
+    } else if (args.gate_kind == KdaGate::kBounded) {
+      gates<KdaGate::kBounded>(step, curve, x);
     } else {
-      const float* rows =
-          static_cast<const float*>(args.gate) + first * args.gate_stride + head * K + 16 * step + g;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int token = 16 * warp + 2 * t + (i & 1) + 8 * ((i >> 1) & 1);
-        x[i >> 2][(i >> 1) & 1][i & 1] =
-            token < length ? rows[token * args.gate_stride + 8 * (i >> 2)] : 0.0f;
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float bias =
-          args.dt_bias != nullptr ? __ldg(args.dt_bias + head * K + 16 * step + 8 * n + g) : 0.0f;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float y = log2_decay(args.gate_kind, x[n][h][e], bias, rate, args.lower_bound);
-          x[n][h][e] = 16 * warp + 8 * h + 2 * t + e < length ? y : 0.0f;
-        }
-      }
-    }
-  }
-
-  // sum[n] (accumulator layout, 16 tokens x 8 channels) = inclusive sum over tokens of x: a product with a
-  // triangle of ones, each float as two tf32 terms. Token 2t stands at k = t, token 2t + 1 at k = t + 4.
-  __device__ __forceinline__ void cumulative(const float (&x)[2][2][2], float (&sum)[2][4]) const {
-    const float even = 2 * t <= g ? 1.0f : 0.0f;
-    const float odd = 2 * t + 1 <= g ? 1.0f : 0.0f;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      float high[2][2], low[2][2];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float value = x[n][i >> 1][i & 1];
-        high[i >> 1][i & 1] = __uint_as_float(__float_as_uint(value) & 0xFFFFE000u);
-        low[i >> 1][i & 1] = value - high[i >> 1][i & 1];
-      }
-      sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0.0f;
-      mma_tf32(sum[n], even, 1.0f, odd, 1.0f, low[0][0], low[0][1]);
-      mma_tf32(sum[n], 0.0f, even, 0.0f, odd, low[1][0], low[1][1]);
-      mma_tf32(sum[n], even, 1.0f, odd, 1.0f, high[0][0], high[0][1]);
-      mma_tf32(sum[n], 0.0f, even, 0.0f, odd, high[1][0], high[1][1]);
+      gates<KdaGate::kNone>(step, curve, x);
     }
   }
 
   // Diagonal blocks of this warp in registers; leaves k 2^(G - start) and q 2^(G - start) as fp16 in the
   // places of k and q, k 2^(end - G) among the columns, and the sub-chunk's decay in the table.
   __device__ __forceinline__ void diagonal() {
-    float k_norm[2], q_norm[2];
-    inverse_norms(Image::kK, k_norm);
-    inverse_norms(Image::kQ, q_norm);
-    const float rate =
-        args.a_log != nullptr && args.gate_kind != KdaGate::kNone ? __expf(args.a_log[head]) : 1.0f;
+    typename Pairs::Factors factors;
+    inverse_norms(Image::kK, factors.k);
+    inverse_norms(Image::kQ, factors.q);
+    const GateCurve curve = gate_curve(args.gate_kind, gate_speed(args, head), args.lower_bound);
+    uint32_t ones[4];
+    Pairs::triangle(g, t, ones);
 #pragma unroll
     for (int i = 0; i < 8; ++i) l[3][i >> 2][i & 3] = p[3][i >> 2][i & 3] = 0.0f;
 #pragma unroll 1
     for (int step = 0; step < kSteps; ++step) {
       float x[2][2][2], sum[2][4];
-      gates(step, rate, x);
-      cumulative(x, sum);
+      gates(step, curve, x);
+      Pairs::cumulative(ones, x, sum);
       if (g == 7) {
 #pragma unroll
         for (int n = 0; n < 2; ++n)
           *reinterpret_cast<float2*>(floats(Shared::kTotal) + warp * K + 16 * step + 8 * n + 2 * t) = {
               sum[n][2], sum[n][3]};
       }
-      uint32_t kr[4], qr[4], columns[4];
+      uint32_t kr[4], qr[4];
       ldmatrix(kr, block_address(Image::kK, warp, step));
       ldmatrix(qr, block_address(Image::kQ, warp, step));
-      float k[4][2], q[4][2];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 kx = unpack<Element>(kr[i]), qx = unpack<Element>(qr[i]);
-        k[i][0] = kx.x * k_norm[i & 1];
-        k[i][1] = kx.y * k_norm[i & 1];
-        q[i][0] = qx.x * q_norm[i & 1];
-        q[i][1] = qx.y * q_norm[i & 1];
-      }
       const float least = fminf(fminf(sum[0][2], sum[0][3]), fminf(sum[1][2], sum[1][3]));
       __syncwarp();  // k and q of this step have been read by all lanes
+      typename Pairs::Operands o;
+      float decay[4];  // not used: the decays of sub-chunks are made from their logarithms
       if (__any_sync(~0u, least < -104.0f)) {
-        steep_step(sum, k, q, kr, qr, columns);
+        Pairs::steep(t, sum, kr, qr, factors, decay, o, l[3], p[3]);
       } else {
-        gentle_step(sum, k, q, kr, qr, columns);
+        Pairs::template gentle<false>(t, sum, kr, qr, factors, decay, o, l[3], p[3]);
       }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        store_shared(pair_address(Image::kK, i & 1, step, i >> 1), kr[i]);
-        store_shared(pair_address(Image::kQ, i & 1, step, i >> 1), qr[i]);
-      }
+      stmatrix(block_address(Image::kK, warp, step), o.k);
+      stmatrix(block_address(Image::kQ, warp, step), o.q);
       *reinterpret_cast<uint4*>(shared + Shared::kColumns + ((warp * kSteps + step) * 32 + lane) * 16) =
-          make_uint4(columns[0], columns[1], columns[2], columns[3]);
+          make_uint4(o.keys[0], o.keys[1], o.keys[2], o.keys[3]);
     }
-  }
-
-  __device__ __forceinline__ void gentle_step(const float (&sum)[2][4], const float (&k)[4][2],
-                                              const float (&q)[4][2], uint32_t (&kr)[4], uint32_t (&qr)[4],
-                                              uint32_t (&columns)[4]) {
-    uint32_t row_k[4], row_q[4], column[4];
-    float up[4][2], inverse[4][2];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float s = sum[i >> 1][2 * (i & 1) + e];
-        up[i][e] = fast_exp2(s);
-        inverse[i][e] = k[i][e] * fast_exp2(-s);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float k0 = k[i][0] * up[i][0], k1 = k[i][1] * up[i][1];
-      const float q0 = q[i][0] * up[i][0], q1 = q[i][1] * up[i][1];
-      row_k[i] = pack<__nv_bfloat16>(k0, k1);
-      row_q[i] = pack<__nv_bfloat16>(q0, q1);
-      kr[i] = pack<__half>(k0, k1);
-      qr[i] = pack<__half>(q0, q1);
-      column[i] = pack<__nv_bfloat16>(inverse[i][0], inverse[i][1]);
-    }
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float end0 = __shfl_sync(~0u, up[2 * n + 1][0], 28 + t);
-      const float end1 = __shfl_sync(~0u, up[2 * n + 1][1], 28 + t);
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        columns[2 * n + h] = pack<__half>(inverse[2 * n + h][0] * end0, inverse[2 * n + h][1] * end1);
-    }
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      mma<__nv_bfloat16>(l[3][n], row_k, column[n], column[2 + n]);
-      mma<__nv_bfloat16>(p[3][n], row_q, column[n], column[2 + n]);
-    }
-  }
-
-  __device__ __forceinline__ void steep_step(const float (&sum)[2][4], const float (&k)[4][2],
-                                             const float (&q)[4][2], uint32_t (&kr)[4], uint32_t (&qr)[4],
-                                             uint32_t (&columns)[4]) {
-    uint32_t first_k[4], first_q[4];    // rows for the columns 0 to 7, relative to token 4
-    uint32_t second_k[4], second_q[4];  // for the columns 8 to 15, relative to token 12
-    uint32_t column[4];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      float anchor[2][2], end[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        anchor[0][e] = __shfl_sync(~0u, sum[n][e], 16 + t);
-        anchor[1][e] = __shfl_sync(~0u, sum[n][2 + e], 16 + t);
-        end[e] = __shfl_sync(~0u, sum[n][2 + e], 28 + t);
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int i = 2 * n + h;
-        float own[2], first[2], inverse[2], up[2], down[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float s = sum[n][2 * h + e];
-          own[e] = fast_exp2(s - anchor[h][e]);
-          inverse[e] = fast_exp2(anchor[h][e] - s);
-          first[e] = h == 0 ? own[e] : fast_exp2(s - anchor[0][e]);
-          up[e] = fast_exp2(s);
-          down[e] = fast_exp2(end[e] - s);
-        }
-        first_k[i] = pack<__nv_bfloat16>(k[i][0] * first[0], k[i][1] * first[1]);
-        first_q[i] = pack<__nv_bfloat16>(q[i][0] * first[0], q[i][1] * first[1]);
-        second_k[i] = h == 0 ? 0 : pack<__nv_bfloat16>(k[i][0] * own[0], k[i][1] * own[1]);
-        second_q[i] = h == 0 ? 0 : pack<__nv_bfloat16>(q[i][0] * own[0], q[i][1] * own[1]);
-        column[i] = pack<__nv_bfloat16>(k[i][0] * inverse[0], k[i][1] * inverse[1]);
-        kr[i] = pack<__half>(k[i][0] * up[0], k[i][1] * up[1]);
-        qr[i] = pack<__half>(q[i][0] * up[0], q[i][1] * up[1]);
-        columns[i] = pack<__half>(k[i][0] * down[0], k[i][1] * down[1]);
-      }
-    }
-    mma<__nv_bfloat16>(l[3][0], first_k, column[0], column[2]);
-    mma<__nv_bfloat16>(p[3][0], first_q, column[0], column[2]);
-    mma<__nv_bfloat16>(l[3][1], second_k, column[1], column[3]);
-    mma<__nv_bfloat16>(p[3][1], second_q, column[1], column[3]);
   }
 
   // One thread per channel: decays before, after and between sub-chunks, and of the chunk.
@@ -399,23 +234,21 @@ struct Prepare {
       }
       const uint4 own = columns(warp);
       const uint32_t column[4] = {own.x, own.y, own.z, own.w};
-      __syncwarp();  // rows of this step have been read
+      uint32_t early_k[4], early_q[4], late_k[4];  // k 2^G, scale q 2^G, k 2^(G_C - G)
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const int channel = warp * K + 16 * step + 8 * n + 2 * t;
+      for (int i = 0; i < 4; ++i) {
+        const int channel = warp * K + 16 * step + 8 * (i >> 1) + 2 * t;
         const float2 before = *reinterpret_cast<const float2*>(floats(Shared::kBefore) + channel);
         const float2 after = *reinterpret_cast<const float2*>(floats(Shared::kAfter) + channel);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int i = 2 * n + h;
-          const float2 k = unpack<__half>(kr[i]), q = unpack<__half>(qr[i]), c = unpack<__half>(column[i]);
-          store_shared(pair_address(Image::kMinusW, h, step, n),
-                       pack<Element>(k.x * before.x, k.y * before.y));
-          store_shared(pair_address(Image::kQ, h, step, n),
-                       pack<Element>(q.x * before.x * args.scale, q.y * before.y * args.scale));
-          store_shared(pair_address(Image::kK, h, step, n), pack<Element>(c.x * after.x, c.y * after.y));
-        }
+        const float2 k = unpack<__half>(kr[i]), q = unpack<__half>(qr[i]), c = unpack<__half>(column[i]);
+        early_k[i] = pack<Element>(k.x * before.x, k.y * before.y);
+        early_q[i] = pack<Element>(q.x * before.x * args.scale, q.y * before.y * args.scale);
+        late_k[i] = pack<Element>(c.x * after.x, c.y * after.y);
       }
+      __syncwarp();  // rows of this step have been read
+      stmatrix(block_address(Image::kMinusW, warp, step), early_k);
+      stmatrix(block_address(Image::kQ, warp, step), early_q);
+      stmatrix(block_address(Image::kK, warp, step), late_k);
     }
     __syncthreads();  // the columns make room for P and A, the tables for the blocks of A
   }
@@ -424,14 +257,11 @@ struct Prepare {
     return floats(Shared::kBlocks) + (i * (i + 1) / 2 + j) * 16 * Shared::kBlockLd;
   }
 
-  // Block (warp, j) of P or A: [n] holds columns 16 j + 8 n + 2t, +1.
+  // Block (warp, j) of P or A, from accumulators.
   __device__ __forceinline__ void store_block(int matrix, int j, const float (&x)[2][4]) const {
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        store_shared(pair_address(matrix, h, j, n), pack<Element>(x[n][2 * h], x[n][2 * h + 1]));
-    }
+    uint32_t packed[4];
+    pack_operand<Element>(&x[0][0], packed);
+    stmatrix(block_address(matrix, warp, j), packed);
   }
 
   // P to its place, zeros above the diagonal of P and A; L: beta and the strict triangle.

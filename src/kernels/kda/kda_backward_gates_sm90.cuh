@@ -1,9 +1,55 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients of a chunk (kda_backward_gradient_sm90.cuh): raw gates, and rows of tokens: q, k, beta.
+// Gradients of a chunk (kda_backward_gradient_sm90.cuh): gates, and rows of tokens: q, k, beta.
 #pragma once
-#include "kernels/kda/kda_backward_products_sm90.cuh"
+#include "kernels/kda/kda_backward_block_sm90.cuh"
 
 namespace kilin::cuda::backward {
+
+// A gate with its derivatives, of a raw value x with its bias: log2 of the decay as log2_decay() makes it but
+// not yet cut, and dg/dx and dg/dA_log of its natural logarithm. Without branches, so that tokens overlap.
+struct GateSlopes {
+  float log2, by_x, by_a_log;
+};
+__device__ __forceinline__ GateSlopes gate_slopes(KdaGate kind, float x, float rate, float lower_bound) {
+  constexpr float kLn2 = 0.69314718f;
+  const bool bounded = kind == KdaGate::kBounded, none = kind == KdaGate::kNone;
+  const float z = (bounded ? rate * x : x) * kLog2e;
+  const float e = fast_exp2(-fabsf(z));
+  const float inverse = fast_reciprocal(1.0f + e);
+  const float sigmoid = z < 0.0f ? e * inverse : inverse;
+  const float soft = -rate * fmaf(e, log2_one_plus_over(e), fmaxf(z, 0.0f));
+  const float bounded_slope = lower_bound * e * inverse * inverse * rate;
+  GateSlopes result;
+  result.log2 = none ? z : (bounded ? lower_bound * kLog2e * sigmoid : soft);
+  result.by_x = none ? 1.0f : (bounded ? bounded_slope : -rate * sigmoid);
+  result.by_a_log = none ? 0.0f : (bounded ? bounded_slope * x : soft * kLn2);
+  return result;
+}
+
+// Cumulative gates of each sub-chunk, and sum_j kt_j dkt_j relative to its end.
+template <class Element, int K, int V, class GateElement>
+__device__ __forceinline__ void Gradient<Element, K, V, GateElement>::cumulative_gates() const {
+  each_channel([&](int s, int channel) {
+    const Channel c = channel_of(channel);
+    float sum = 0.0f, keys = 0.0f;
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) x[i] = raw_gate(16 * s + i, channel);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int token = 16 * s + i;
+      const GateSlopes gate =
+          gate_slopes(args.inputs.gate_kind, x[i] + c.bias, c.rate, args.inputs.lower_bound);
+      const float y = token < length ? fmaxf(gate.log2, -24.0f) : 0.0f;
+      sum += y;
+      floats(Shared::kLocal)[token * Shared::kLd + channel] = sum;
+      keys = fmaf(keys, fast_exp2(y),
+                  key(token, channel) * floats(Shared::kBack)[token * Shared::kLd + channel]);
+    }
+    floats(Shared::kTotal)[s * K + channel] = sum;
+    floats(Shared::kKeySums)[s * K + channel] = keys;
+  });
+}
 
 // Gradients of the raw gates, and this chunk's share of those of dt_bias and a_log.
 template <class Element, int K, int V, class GateElement>
@@ -43,12 +89,11 @@ __device__ __forceinline__ void Gradient<Element, K, V, GateElement>::gate_gradi
       const float dx = dg == 0.0f ? 0.0f : dg * gate.by_x;
       bias_sum += dx;
       rate_sum += dg == 0.0f ? 0.0f : dg * gate.by_a_log;
-      if (to != nullptr && token < length) store_gate(to + token * args.d_gate_stride, dx);
+      if (to != nullptr && token < length) to[token * args.d_gate_stride] = static_cast<GateElement>(dx);
     }
     floats(Shared::kBiasSums)[s * K + channel] = bias_sum;
   });
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) rate_sum += __shfl_xor_sync(~0u, rate_sum, d);
+  rate_sum = lane_sum<32>(rate_sum);
   if (lane == 0) floats(Shared::kRateSums)[warp] = rate_sum;
 }
 
@@ -96,16 +141,18 @@ __device__ __forceinline__ void Gradient<Element, K, V, GateElement>::row_gradie
         static_cast<float*>(args.d_k)[at] = k;
       } else {
         if (args.d_q != nullptr)
-          store_gate(static_cast<Element*>(args.d_q) + token * args.d_q_stride + kv_head * K + channel, q);
+          static_cast<Element*>(args.d_q)[token * args.d_q_stride + kv_head * K + channel] =
+              static_cast<Element>(q);
         if (args.d_k != nullptr)
-          store_gate(static_cast<Element*>(args.d_k) + token * args.d_k_stride + kv_head * K + channel, k);
+          static_cast<Element*>(args.d_k)[token * args.d_k_stride + kv_head * K + channel] =
+              static_cast<Element>(k);
       }
     }
     if (lane == 0 && args.d_beta != nullptr) {
       const float sum = fmaf(by_beta, k_norm, floats(Shared::kValueSums)[r]);  // beta dbeta
-      const float x = load_float(in.beta, in.beta_type, token * in.beta_stride + head);
+      const float x = cuda::load(in.beta, in.beta_type, token * in.beta_stride + head);
       const float d = in.beta_is_logit ? sum / (1.0f + __expf(x)) : sum / x;
-      store_float(args.d_beta, args.d_beta_type, token * args.d_beta_stride + head, d);
+      cuda::store(args.d_beta, args.d_beta_type, token * args.d_beta_stride + head, d);
     }
   }
 }

@@ -12,6 +12,7 @@
 #pragma once
 #include "kernels/kda/kda_backward_gates_sm90.cuh"
 #include "kernels/kda/kda_backward_pairs_sm90.cuh"
+#include "kernels/kda/kda_backward_products_sm90.cuh"
 
 namespace kilin::cuda::backward {
 
@@ -22,7 +23,7 @@ __global__ void __launch_bounds__(512, 1) kda_gradient(const __grid_constant__ K
   const int64_t chunk = blockIdx.x / args.inputs.value_heads;
   int64_t first;
   int length;
-  if (!locate_chunk(args.layout, chunk, first, length)) return;
+  if (!locate_chunk<kChunk>(args.layout, chunk, first, length)) return;
   const int lane = threadIdx.x & 31;
   const Gradient<Element, K, V, GateElement> gradient{
       .args = args,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradients of a chunk (kda_backward_gradient_sm90.cuh): what pairs of tokens give.
 #pragma once
-#include "kernels/kda/kda_backward_products_sm90.cuh"
+#include "kernels/kda/kda_backward_block_sm90.cuh"
 
 namespace kilin::cuda::backward {
 

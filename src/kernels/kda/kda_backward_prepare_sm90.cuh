@@ -12,10 +12,7 @@
 //   - A decay below 2^-24 per token counts as 2^-24 (the resolution of fp32).
 //   - Blocks (I, J) with J < I: rows times 2^(G - start of I), columns times 2^(end of J - G), and what lies
 //     between as a factor of the rows; all are at most 1, so fp16 operands, 3 digits better than bf16.
-//   - Diagonal blocks: when the sub-chunk decays by no more than 2^-104, rows times 2^(G - start), columns
-//     times the inverse. Otherwise columns are taken relative to the fifth token of their half (8 tokens),
-//     the rows to the one of the columns they meet: exponents are at most 96 where i >= j, since one token
-//     changes G by no more than 24. bf16 operands for their range.
+//   - Diagonal blocks, from the sub-chunk's start: kda_pairs_sm90.cuh, gentle or steep.
 #pragma once
 #include "kernels/kda/kda_backward_decays_sm90.cuh"
 
@@ -53,29 +50,11 @@ __device__ __forceinline__ void Prepare<Element, K, GateElement>::finish_product
 template <class Element, int K, class GateElement>
 __device__ __forceinline__ void Prepare<Element, K, GateElement>::invert_diagonal() {
   float* own = block(warp, warp);
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      *reinterpret_cast<float2*>(own + (g + 8 * h) * Shared::kBlockLd + 8 * n + 2 * t) = {l[3][n][2 * h],
-                                                                                          l[3][n][2 * h + 1]};
-  }
+  store_square<Shared::kBlockLd>(own, g, t, l[3]);
   __syncwarp();
   const int column = lane & 15;
   float a[16];
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    float even = i == column ? 1.0f : 0.0f, odd = 0.0f;
-#pragma unroll
-    for (int j = 0; j < i; j += 4) {
-      const float4 row = *reinterpret_cast<const float4*>(own + i * Shared::kBlockLd + j);
-      even = fmaf(-row.x, a[j], even);
-      if (j + 1 < i) odd = fmaf(-row.y, a[j + 1], odd);
-      if (j + 2 < i) even = fmaf(-row.z, a[j + 2], even);
-      if (j + 3 < i) odd = fmaf(-row.w, a[j + 3], odd);
-    }
-    a[i] = even + odd;
-  }
+  inverse_column<Shared::kBlockLd>(own, column, a);
   __syncwarp();
   const float beta = floats(Shared::kBeta)[16 * warp + column];
   if (lane < 16) {
@@ -86,7 +65,7 @@ __device__ __forceinline__ void Prepare<Element, K, GateElement>::invert_diagona
     for (int i = 0; i < 16; ++i) {
       const uint32_t both = pack<Element>(a[i] * beta, 0.0f);
       const uint32_t address =
-          base + Image::kA + swizzled(16 * warp + i, 2 * warp + (column >> 3)) + 2 * (column & 7);
+          base + Image::kA + swizzled<kChunk>(16 * warp + i, 2 * warp + (column >> 3)) + 2 * (column & 7);
       asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(both)) : "memory");
     }
   }
@@ -141,13 +120,15 @@ __device__ __forceinline__ void Prepare<Element, K, GateElement>::invert_rest() 
 // -A diag(beta) (k 2^G), in the place of k 2^G.
 template <class Element, int K, class GateElement>
 __device__ __forceinline__ void Prepare<Element, K, GateElement>::product_w() {
-  float w[2 * kSteps][4];
+  float w[2 * kSteps][4];  // minus w
 #pragma unroll
   for (int i = 0; i < 2 * kSteps; ++i) w[i][0] = w[i][1] = w[i][2] = w[i][3] = 0.0f;
 #pragma unroll 1
   for (int j = 0; j <= warp; ++j) {
     uint32_t a[4];
     ldmatrix(a, block_address(Image::kA, warp, j));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] ^= 0x80008000u;  // both signs
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t b[4];
@@ -158,11 +139,10 @@ __device__ __forceinline__ void Prepare<Element, K, GateElement>::product_w() {
   }
   __syncthreads();  // all have read k 2^G
 #pragma unroll
-  for (int i = 0; i < 2 * kSteps; ++i) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      store_shared(pair_address(Image::kMinusW, h, i >> 1, i & 1),
-                   pack<Element>(-w[i][2 * h], -w[i][2 * h + 1]));
+  for (int step = 0; step < kSteps; ++step) {
+    uint32_t packed[4];
+    pack_operand<Element>(&w[2 * step][0], packed);
+    stmatrix(block_address(Image::kMinusW, warp, step), packed);
   }
 }
 
@@ -173,7 +153,7 @@ __global__ void __launch_bounds__(128, 2) kda_prepare(const __grid_constant__ Kd
   const int64_t chunk = blockIdx.x / args.value_heads;
   int64_t first;
   int length;
-  if (!locate_chunk(args.layout, chunk, first, length)) return;
+  if (!locate_chunk<kChunk>(args.layout, chunk, first, length)) return;
   const int lane = threadIdx.x & 31;
   Prepare<Element, K, GateElement> prepare{.args = args,
                                            .shared = shared,
@@ -196,7 +176,6 @@ __global__ void __launch_bounds__(128, 2) kda_prepare(const __grid_constant__ Kd
   prepare.product_w();
   async_proxy_fence();
   __syncthreads();
-  grid_release();
   if (threadIdx.x == 0) {
     using Image = KdaImage<K>;
     bulk_store(args.images + static_cast<int64_t>(blockIdx.x) * Image::kBytes, shared_address(shared),

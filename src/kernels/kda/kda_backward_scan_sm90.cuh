@@ -44,7 +44,7 @@ struct ScanShared {
 
 // One warp: loads the stages in the order of the scan.
 template <class Element, int K, bool kReverse>
-__device__ __forceinline__ void scan_load(const ScanArgs& args, const ChunkSequence& sequence, int head,
+__device__ __forceinline__ void scan_load(const ScanArgs& args, const KdaSequence& sequence, int head,
                                           int column, uint32_t base) {
   using Image = KdaImage<K>;
   using Shared = ScanShared<K, kReverse>;
@@ -73,7 +73,7 @@ __device__ __forceinline__ void scan_load(const ScanArgs& args, const ChunkSeque
       const int r = j / 8, piece = j % 8;
       const bool valid = r < left;
       copy_16_async(
-          place + Shared::kValues + swizzled(r, piece),
+          place + Shared::kValues + swizzled<kChunk>(r, piece),
           rows + (static_cast<int64_t>(c) * kChunk + (valid ? r : 0)) * args.values_stride + piece * 8,
           valid);
     }
@@ -89,7 +89,7 @@ struct Scan {
   static constexpr int kSteps = K / 16;
 
   const ScanArgs& args;
-  ChunkSequence sequence;
+  KdaSequence sequence;
   int number, head, column;  // sequence, value head, first row of this warp
   uint8_t* shared;
   uint32_t base;
@@ -118,15 +118,15 @@ struct Scan {
 #pragma unroll
     for (int i = 0; i < K / 2; ++i) s[i] = 0.0f;
     each_pair(args.from, [&](int64_t index, int i) {
-      s[i] = load_float(args.from.data, args.from.type, index);
-      s[i + 1] = load_float(args.from.data, args.from.type, index + 1);
+      const float2 pair = load_pair(args.from.data, args.from.type, index);
+      s[i] = pair.x;
+      s[i + 1] = pair.y;
     });
   }
 
   __device__ __forceinline__ void store_state() const {
     each_pair(args.to, [&](int64_t index, int i) {
-      store_float(args.to.data, args.to.type, index, s[i]);
-      store_float(args.to.data, args.to.type, index + 1, s[i + 1]);
+      store_pair(args.to.data, args.to.type, index, {s[i], s[i + 1]});
     });
   }
 
@@ -152,21 +152,16 @@ struct Scan {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int token = 8 * (2 * i + (lane >> 4)) + (lane & 7);
-      stmatrix_trans(values + swizzled(token, 2 * warp + ((lane >> 3) & 1)), r[i][0], r[i][1], r[i][2],
-                     r[i][3]);
+      stmatrix_trans(values + swizzled<kChunk>(token, 2 * warp + ((lane >> 3) & 1)), r[i][0], r[i][1],
+                     r[i][2], r[i][3]);
     }
     __syncwarp();
     uint8_t* to = args.written +
                   (((sequence.chunk + c) * args.value_heads + head) * (args.value_dim / 64) + block) * 8192;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t place = swizzled(16 * i + (lane >> 1), 2 * warp + (lane & 1));
-      uint4 x;
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                   : "r"(values + place)
-                   : "memory");
-      *reinterpret_cast<uint4*>(to + place) = x;
+      const uint32_t place = swizzled<kChunk>(16 * i + (lane >> 1), 2 * warp + (lane & 1));
+      *reinterpret_cast<uint4*>(to + place) = load_shared_16(values + place);
     }
   }
 
@@ -194,17 +189,14 @@ struct Scan {
       const uint32_t values_place = place + Shared::kValues;
       uint32_t rounded[kSteps][4];
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) rounded[i][j] = pack<Element>(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
-      }
+      for (int i = 0; i < kSteps; ++i) pack_operand<Element>(s + 8 * i, rounded[i]);
       keep_state(rounded, c);
       barrier_wait(full, (order / Shared::kStages) & 1);
       uint32_t values[4][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = 16 * i + (lane & 7) + 8 * (lane >> 4);
-        ldmatrix_trans(values[i], values_place + swizzled(token, 2 * warp + ((lane >> 3) & 1)));
+        ldmatrix_trans(values[i], values_place + swizzled<kChunk>(token, 2 * warp + ((lane >> 3) & 1)));
       }
       float r[32];
       wgmma_fence();
@@ -222,10 +214,7 @@ struct Scan {
       wgmma_wait<0>();
       uint32_t written[4][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) written[i][j] = pack<Element>(r[8 * i + 2 * j], r[8 * i + 2 * j + 1]);
-      }
+      for (int i = 0; i < 4; ++i) pack_operand<Element>(r + 8 * i, written[i]);
       wgmma_fence();
       if constexpr (kReverse) {
         const uint64_t q = swizzled_matrix(place + Shared::kQ, 8192, 1024);
@@ -262,7 +251,7 @@ __global__ void __launch_bounds__(160, 1) kda_backward_scan(const __grid_constan
     barrier_init_fence();
   }
   __syncthreads();
-  const ChunkSequence sequence = chunk_sequence(args.layout, number);
+  const KdaSequence sequence = kda_sequence(args.layout, number);
   const int warp =
       __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0);  // known to be the same in the whole warp
   if (warp == 4) {

@@ -8,111 +8,14 @@
 #include "kernels/kda/kda_backward_gradient_sm90.cuh"
 #include "kernels/kda/kda_backward_prepare_sm90.cuh"
 #include "kernels/kda/kda_backward_scan_sm90.cuh"
+#include "kernels/kda/kda_launch_sm90.cuh"
 
 namespace kilin {
 namespace cuda::backward {
 namespace {
 
-// Chunk tables of sequences of different lengths. One block.
-template <class Offset>
-__global__ void kda_chunk_table(const Offset* cu_seqlens, int sequences, int32_t* offsets, int64_t* starts,
-                                int64_t* chunks) {
-  __shared__ int64_t sums[32];
-  const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = thread >> 5;
-  int64_t before = 0;  // chunks of the sequences before this round
-  for (int n0 = 0; n0 < sequences; n0 += 1024) {
-    const int n = n0 + thread;
-    const int64_t length = n < sequences ? cu_seqlens[n + 1] - cu_seqlens[n] : 0;
-    const int64_t own = (length + kChunk - 1) / kChunk;
-    int64_t sum = own;
-    for (int d = 1; d < 32; d *= 2) {
-      const int64_t other = __shfl_up_sync(~0u, sum, d);
-      if (lane >= d) sum += other;
-    }
-    if (lane == 31) sums[warp] = sum;
-    __syncthreads();
-    int64_t total = 0;
-    for (int w = 0; w < 32; ++w) {
-      if (w == warp) sum += total;
-      total += sums[w];
-    }
-    if (n < sequences) {
-      offsets[n] = static_cast<int32_t>(before + sum - own);
-      starts[n] = cu_seqlens[n];
-    }
-    before += total;
-    __syncthreads();
-  }
-  if (thread == 0) {
-    offsets[sequences] = static_cast<int32_t>(before);
-    starts[sequences] = cu_seqlens[sequences];
-  }
-  __syncthreads();
-  for (int n = warp; n < sequences; n += 32) {
-    const int64_t length = starts[n + 1] - starts[n];
-    for (int64_t c = lane; c * kChunk < length; c += 32) {
-      const int64_t tokens = min(length - c * kChunk, static_cast<int64_t>(kChunk));
-      chunks[offsets[n] + c] = (starts[n] + c * kChunk) | ((tokens - 1) << 56);
-    }
-  }
-}
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-size_t aligned(int64_t bytes) { return static_cast<size_t>(divide_up(bytes, 256) * 256); }
-
-// Upper bound of the number of chunks.
-int64_t chunk_bound(const KdaCudaParams& p) {
-  if (p.sequences == 0) return 0;
-  if (p.cu_seqlens == nullptr) return p.sequences * divide_up(p.tokens / p.sequences, kChunk);
-  return p.tokens / kChunk + std::min<int64_t>(p.sequences, p.tokens);
-}
-
 int64_t image_bytes(const KdaCudaParams& p) {
   return p.key_dim == 64 ? KdaImage<64>::kBytes : KdaImage<128>::kBytes;
-}
-
-template <class Kernel, class Args>
-void launch(Kernel* kernel, const char* name, int64_t blocks, int threads, int shared_bytes, bool overlap,
-            cudaStream_t stream, const Args& args) {
-  if (blocks == 0) return;
-  check(blocks < (int64_t{1} << 31), "{}: {} blocks are too many for one launch", name, blocks);
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-             "{}: {} bytes of shared memory", name, shared_bytes);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, args), "launch of {}", name);
-}
-
-// Fills the tables of chunks (in device memory, as large as they must be) when the sequences differ in
-// length, and tells where every chunk lies.
-KdaLayout make_layout(const KdaCudaParams& p, int32_t* offsets, int64_t* starts, int64_t* chunks,
-                      cudaStream_t stream) {
-  KdaLayout layout{.sequences = p.sequences};
-  if (p.cu_seqlens == nullptr) {
-    layout.length = p.tokens / p.sequences;
-    layout.chunks_per_sequence = static_cast<int>(divide_up(layout.length, kChunk));
-    return layout;
-  }
-  if (p.wide_seqlens) {
-    kda_chunk_table<<<1, 1024, 0, stream>>>(static_cast<const int64_t*>(p.cu_seqlens), p.sequences, offsets,
-                                            starts, chunks);
-  } else {
-    kda_chunk_table<<<1, 1024, 0, stream>>>(static_cast<const int32_t*>(p.cu_seqlens), p.sequences, offsets,
-                                            starts, chunks);
-  }
-  check_launch("kda_chunk_table");
-  layout.offsets = offsets;
-  layout.starts = starts;
-  layout.chunks = chunks;
-  return layout;
 }
 
 struct BackwardWorkspace {
@@ -124,12 +27,12 @@ struct BackwardWorkspace {
       next += aligned(count);
     };
     const bool table = p.cu_seqlens != nullptr;
-    const int64_t pairs = chunk_bound(p) * p.value_heads;
+    const int64_t pairs = chunk_bound<kChunk>(p) * p.value_heads;
     const int64_t state = static_cast<int64_t>(p.key_dim) * p.value_dim * 2;
     const int64_t wide = p.value_heads > p.heads ? p.tokens * p.value_heads * p.key_dim * 4 : 0;
     take(offsets, table ? (p.sequences + 1) * 4 : 0);
     take(starts, table ? (p.sequences + 1) * 8 : 0);
-    take(chunks, table ? chunk_bound(p) * 8 : 0);
+    take(chunks, table ? chunk_bound<kChunk>(p) * 8 : 0);
     take(images, pairs * image_bytes(p));
     take(states, pairs * state);
     take(d_states, pairs * state);
@@ -148,7 +51,7 @@ __global__ void kda_copy_beta(const void* from, CudaType type, int64_t stride, i
                               float least, float* to) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < tokens * heads;
        i += int64_t{gridDim.x} * blockDim.x) {
-    const float beta = load_float(from, type, i / heads * stride + i % heads);
+    const float beta = load(from, type, i / heads * stride + i % heads);
     to[i] = fabsf(beta) < least ? least : beta;
   }
 }
@@ -195,16 +98,16 @@ __global__ void kda_sum_chunks(const float* sums, KdaLayout layout, int64_t chun
 template <class Element, int K, class GateElement>
 void run_kernels(const KdaCudaParams& p, const KdaPrepareArgs& prepare_args, const ScanArgs& scan_args,
                  const ScanArgs& reverse_args, const KdaGradientArgs& gradient_args, cudaStream_t stream) {
-  const int64_t chunks = chunk_bound(p) * p.value_heads;
+  const int64_t chunks = chunk_bound<kChunk>(p) * p.value_heads;
   const int64_t pairs = static_cast<int64_t>(p.sequences) * p.value_heads * (K / 64);
-  launch(kda_prepare<Element, K, GateElement>, "kda_prepare", chunks, 128, PrepareShared<K>::kBytes, false,
-         stream, prepare_args);
+  launch(kda_prepare<Element, K, GateElement>, "kda_prepare", chunks, 128, PrepareShared<K>::kBytes,
+         LaunchKind::kPlain, stream, prepare_args);
   launch(kda_backward_scan<Element, K, false>, "kda_backward_scan", pairs, 160, ScanShared<K, false>::kBytes,
-         false, stream, scan_args);
+         LaunchKind::kPlain, stream, scan_args);
   launch(kda_backward_scan<Element, K, true>, "kda_backward_scan (reverse)", pairs, 160,
-         ScanShared<K, true>::kBytes, false, stream, reverse_args);
+         ScanShared<K, true>::kBytes, LaunchKind::kPlain, stream, reverse_args);
   launch(kda_gradient<Element, K, K, GateElement>, "kda_gradient", chunks, GradientShared<K, K>::kThreads,
-         GradientShared<K, K>::kBytes, false, stream, gradient_args);
+         GradientShared<K, K>::kBytes, LaunchKind::kPlain, stream, gradient_args);
 }
 
 template <class Element>
@@ -220,7 +123,7 @@ void run(const KdaBackwardCudaParams& params, const KdaPrepareArgs& prepare_args
   } else {
     wide_gate ? call(run_kernels<Element, 128, float>) : call(run_kernels<Element, 128, Element>);
   }
-  const int64_t chunks = p.cu_seqlens == nullptr ? chunk_bound(p) : 0;
+  const int64_t chunks = p.cu_seqlens == nullptr ? chunk_bound<kChunk>(p) : 0;
   const auto sum_heads = [&](const void* from, const CudaGradient& to) {
     if (to.data == nullptr) return;
     kda_sum_heads<<<1024, 256, 0, stream>>>(static_cast<const float*>(from), p.tokens, p.heads,
@@ -260,7 +163,7 @@ void kda_backward_cuda(const KdaBackwardCudaParams& params, void* workspace, siz
         "kda_backward_cuda: the workspace must be aligned to 256 bytes");
   if (p.sequences == 0) return;
   uint8_t* base = static_cast<uint8_t*>(workspace);
-  const cuda::backward::KdaLayout layout = cuda::backward::make_layout(
+  const cuda::KdaLayout layout = cuda::make_layout<cuda::backward::kChunk>(
       p, reinterpret_cast<int32_t*>(base + place.offsets), reinterpret_cast<int64_t*>(base + place.starts),
       reinterpret_cast<int64_t*>(base + place.chunks), stream);
   cuda::backward::KdaPrepareArgs inputs{.layout = layout,

@@ -18,7 +18,9 @@
 #include <cstdint>
 
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/scalar.cuh"
 #include "kernels/kda/kda_backward_cuda.h"
+#include "kernels/kda/kda_layout_sm90.cuh"
 
 namespace kilin::cuda::backward {
 
@@ -35,17 +37,6 @@ struct KdaImage {
   static constexpr int kA = kP + kSquare;
   static constexpr int kDecay = kA + kSquare;
   static constexpr int kBytes = kDecay + K * 4;
-};
-
-// Where a chunk or a sequence lies. offsets and chunks are null when all sequences are `length` tokens long.
-struct KdaLayout {
-  int sequences = 0;
-  int64_t length = 0;                // of every sequence, or 0
-  int chunks_per_sequence = 0;       // with length
-  const int32_t* offsets = nullptr;  // [N + 1] first chunk of each sequence
-  const int64_t* starts = nullptr;   // [N + 1] first token of each sequence
-  const int64_t* chunks =
-      nullptr;  // [chunks] first token and, in the top 8 bits, the number of tokens less one
 };
 
 struct KdaPrepareArgs {
@@ -87,56 +78,20 @@ struct KdaGradientArgs {
   float* sums;     // [chunks][HV][1 + K]: d_a_log, d_dt_bias
 };
 
-// Byte offset of the 16-byte piece `piece` (8 elements) of row `row` in a swizzled [.][64][64] matrix.
-__device__ __forceinline__ uint32_t swizzled(int row, int piece) {
-  return (piece >> 3) * 8192 + row * 128 + (((piece & 7) ^ (row & 7)) << 4);
+// A head's e^a_log; 1 without it.
+__device__ __forceinline__ float gate_speed(const KdaPrepareArgs& args, int head) {
+  return args.a_log != nullptr && args.gate_kind != KdaGate::kNone ? __expf(args.a_log[head]) : 1.0f;
 }
 
-__device__ __forceinline__ float load_float(const void* p, CudaType type, int64_t i) {
-  if (type == CudaType::kF32) return static_cast<const float*>(p)[i];
-  if (type == CudaType::kBf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
-  return __half2float(static_cast<const __half*>(p)[i]);
-}
-
-__device__ __forceinline__ void store_float(void* p, CudaType type, int64_t i, float x) {
-  if (type == CudaType::kF32) static_cast<float*>(p)[i] = x;
-  if (type == CudaType::kBf16) static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16_rn(x);
-  if (type == CudaType::kF16) static_cast<__half*>(p)[i] = __float2half_rn(x);
-}
-
-// The sequence of this block.
-struct ChunkSequence {
-  int64_t first;  // token
-  int64_t length;
-  int64_t chunk;  // first chunk
-  int chunks;
-};
-
-__device__ __forceinline__ ChunkSequence chunk_sequence(const KdaLayout& layout, int n) {
-  if (layout.offsets == nullptr) {
-    return {n * layout.length, layout.length, static_cast<int64_t>(n) * layout.chunks_per_sequence,
-            layout.chunks_per_sequence};
+// Begins the copies (cp.async, not committed) of the rows of a chunk, kPieces times 16 bytes each and
+// `stride` elements apart, to place(row, piece); zeros for rows from `length` on. Called by kThreads threads.
+template <int kThreads, int kPieces, class Element, class Place>
+__device__ __forceinline__ void copy_rows(const Element* rows, int64_t stride, int length, Place place) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kChunk * kPieces; i += kThreads) {
+    const int r = i / kPieces, piece = i % kPieces;
+    copy_16_async(place(r, piece), rows + (r < length ? r * stride : 0) + piece * 8, r < length);
   }
-  const int64_t first = layout.starts[n];
-  return {first, layout.starts[n + 1] - first, layout.offsets[n], layout.offsets[n + 1] - layout.offsets[n]};
-}
-
-// The first token of a chunk and the number of its tokens; false for a block beyond the last chunk.
-__device__ __forceinline__ bool locate_chunk(const KdaLayout& layout, int64_t chunk, int64_t& first,
-                                             int& length) {
-  if (layout.chunks == nullptr) {
-    const int number = static_cast<int>(chunk);  // a division of 64 bits costs a hundred instructions
-    const int sequence = number / layout.chunks_per_sequence;
-    const int64_t offset = static_cast<int64_t>(number % layout.chunks_per_sequence) * kChunk;
-    first = sequence * layout.length + offset;
-    length = static_cast<int>(min(static_cast<int64_t>(kChunk), layout.length - offset));
-    return true;
-  }
-  if (chunk >= layout.offsets[layout.sequences]) return false;
-  const int64_t entry = layout.chunks[chunk];
-  first = entry & ((int64_t{1} << 56) - 1);
-  length = static_cast<int>(entry >> 56) + 1;
-  return true;
 }
 
 }  // namespace kilin::cuda::backward

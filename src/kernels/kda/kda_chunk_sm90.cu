@@ -2,73 +2,24 @@
 // The chunked form on Hopper: workspace and launches. The kernels: kda_image_sm90.cuh, kda_scan_sm90.cuh,
 // kda_fused_sm90.cuh, kda_pipe_sm90.cuh.
 #include <algorithm>
-#include <type_traits>
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/device.h"
 #include "kernels/kda/kda_fused_sm90.cuh"
+#include "kernels/kda/kda_launch_sm90.cuh"
 #include "kernels/kda/kda_pipe_sm90.cuh"
 
 namespace kilin {
 namespace cuda {
 namespace {
 
-// Chunk tables of sequences of different lengths. One block.
-template <class Offset>
-__global__ void kda_chunk_table(const Offset* cu_seqlens, int sequences, int32_t* offsets, int64_t* starts,
-                                int64_t* chunks) {
-  __shared__ int64_t sums[32];
-  const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = thread >> 5;
-  int64_t before = 0;  // chunks of the sequences before this round
-  for (int n0 = 0; n0 < sequences; n0 += 1024) {
-    const int n = n0 + thread;
-    const int64_t length = n < sequences ? cu_seqlens[n + 1] - cu_seqlens[n] : 0;
-    const int64_t own = (length + kChunk - 1) / kChunk;
-    int64_t sum = own;
-    for (int d = 1; d < 32; d *= 2) {
-      const int64_t other = __shfl_up_sync(~0u, sum, d);
-      if (lane >= d) sum += other;
-    }
-    if (lane == 31) sums[warp] = sum;
-    __syncthreads();
-    int64_t total = 0;
-    for (int w = 0; w < 32; ++w) {
-      if (w == warp) sum += total;
-      total += sums[w];
-    }
-    if (n < sequences) {
-      offsets[n] = static_cast<int32_t>(before + sum - own);
-      starts[n] = cu_seqlens[n];
-    }
-    before += total;
-    __syncthreads();
-  }
-  if (thread == 0) {
-    offsets[sequences] = static_cast<int32_t>(before);
-    starts[sequences] = cu_seqlens[sequences];
-  }
-  __syncthreads();
-  for (int n = warp; n < sequences; n += 32) {
-    const int64_t length = starts[n + 1] - starts[n];
-    for (int64_t c = lane; c * kChunk < length; c += 32) {
-      const int64_t tokens = min(length - c * kChunk, static_cast<int64_t>(kChunk));
-      chunks[offsets[n] + c] = (starts[n] + c * kChunk) | ((tokens - 1) << 56);
-    }
-  }
-}
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-size_t aligned(int64_t bytes) { return static_cast<size_t>(divide_up(bytes, 256) * 256); }
-
-// Upper bound of the number of chunks.
-int64_t chunk_bound(const KdaCudaParams& p) {
-  if (p.sequences == 0) return 0;
-  if (p.cu_seqlens == nullptr) return p.sequences * divide_up(p.tokens / p.sequences, kChunk);
-  return p.tokens / kChunk + std::min<int64_t>(p.sequences, p.tokens);
-}
-
 int64_t image_bytes(const KdaCudaParams& p) {
   return p.key_dim == 64 ? KdaImage<64>::kBytes : KdaImage<128>::kBytes;
+}
+
+// What the plan counts on.
+int64_t multiprocessors(const KdaCudaParams& p) {
+  return p.multiprocessors > 0 ? p.multiprocessors : cuda_device().multiprocessors;
 }
 
 // Whether one block per sequence, head and part of V makes its own images.
@@ -76,7 +27,7 @@ bool fused(const KdaCudaParams& p) {
   if (p.plan != KdaCudaPlan::kAuto) return p.plan == KdaCudaPlan::kFused;
   // Measured (bench/cuda_kda.cu): with few sequences and heads the chain from chunk to chunk decides, and
   // that is shorter when the images are there already; with many, memory.
-  return 3 * static_cast<int64_t>(p.sequences) * p.value_heads > cuda_device().multiprocessors;
+  return 3 * static_cast<int64_t>(p.sequences) * p.value_heads > multiprocessors(p);
 }
 
 // Into how many segments the scan cuts each sequence: as many as fill the chip with blocks of kSegmentRows
@@ -86,7 +37,7 @@ constexpr int kSegmentRows = 64, kMostSegments = 16, kLeastSegmentChunks = 64;
 int segments(const KdaCudaParams& p) {
   const int64_t blocks =
       std::max<int64_t>(1, static_cast<int64_t>(p.sequences) * p.value_heads * (p.value_dim / kSegmentRows));
-  const int64_t room = std::min<int64_t>(cuda_device().multiprocessors / blocks, kMostSegments);
+  const int64_t room = std::min<int64_t>(multiprocessors(p) / blocks, kMostSegments);
   if (p.plan == KdaCudaPlan::kSegments) return static_cast<int>(std::max<int64_t>(room, 2));
   if (p.plan != KdaCudaPlan::kAuto || fused(p)) return 1;
   const int64_t most = std::min(room, p.tokens / std::max(p.sequences, 1) / kChunk / kLeastSegmentChunks);
@@ -106,11 +57,11 @@ bool piped(const KdaCudaParams& p) {
   if (p.plan != KdaCudaPlan::kAuto) return p.plan == KdaCudaPlan::kPipe;
   return !fused(p) && segments(p) == 1 && p.cu_seqlens == nullptr && p.key_dim == 128 && p.value_dim == 128 &&
          p.sequences == 1 && p.value_heads >= kLeastPipePairs && p.tokens >= kLeastPipeChunks * kChunk &&
-         pipe_scans(p) < cuda_device().multiprocessors;
+         pipe_scans(p) < multiprocessors(p);
 }
 
 // Words of KdaPipe::ready of one head.
-int64_t ready_words_per_head(const KdaCudaParams& p) { return chunk_bound(p) / 32 + p.sequences + 1; }
+int64_t ready_words_per_head(const KdaCudaParams& p) { return chunk_bound<kChunk>(p) / 32 + p.sequences + 1; }
 
 struct Workspace {
   size_t offsets, starts, chunks, images, summaries, segment_starts, order, drawn, progress, ready, bytes;
@@ -120,51 +71,22 @@ struct Workspace {
     offsets = 0;
     starts = offsets + (table ? aligned((p.sequences + 1) * 4) : 0);
     chunks = starts + (table ? aligned((p.sequences + 1) * 8) : 0);
-    images = chunks + (table ? aligned(chunk_bound(p) * 8) : 0);
-    const int64_t places = piped(p) ? int64_t{p.sequences} * kPipeRing : chunk_bound(p);
+    images = chunks + (table ? aligned(chunk_bound<kChunk>(p) * 8) : 0);
+    const int64_t places = piped(p) ? int64_t{p.sequences} * kPipeRing : chunk_bound<kChunk>(p);
     summaries = images + (fused(p) ? 0 : aligned(places * p.value_heads * image_bytes(p)));
     segment_starts = summaries + aligned(pairs * (parts - 1) * (p.value_dim + p.key_dim) * p.key_dim * 4);
     order = segment_starts + (parts > 1 ? aligned(pairs * parts * p.value_dim * p.key_dim * 4) : 0);
-    drawn = order + (piped(p) && table ? aligned(chunk_bound(p) * 8) : 0);
+    drawn = order + (piped(p) && table ? aligned(chunk_bound<kChunk>(p) * 8) : 0);
     progress = drawn + (piped(p) ? 256 : 0);
     ready = progress + (piped(p) ? aligned(pairs * kPipeParts * 4) : 0);
     bytes = ready + (piped(p) ? aligned(p.value_heads * ready_words_per_head(p) * 4) : 0);
   }
 };
 
-// kOverlapping: may begin before the kernel in front of it ends (grid_wait). kTogether: all blocks run at the
-// same time, or the launch fails.
-enum class LaunchKind : uint8_t { kPlain, kOverlapping, kTogether };
-
-template <class... Args>
-void launch(void (*kernel)(Args...), const char* name, int64_t blocks, int threads, int shared_bytes,
-            LaunchKind kind, cudaStream_t stream, const std::type_identity_t<Args>&... args) {
-  if (blocks == 0) return;
-  check(blocks < (int64_t{1} << 31), "{}: {} blocks are too many for one launch", name, blocks);
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-             "{}: {} bytes of shared memory", name, shared_bytes);
-  cudaLaunchAttribute attribute{};
-  if (kind == LaunchKind::kOverlapping) {
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-  } else {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = kind == LaunchKind::kPlain ? 0 : 1;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, args...), "launch of {}", name);
-}
-
 // 64 or 128 rows of the state per block: as many blocks as there are multiprocessors, no more.
 int groups(const KdaCudaParams& p) {
   const int64_t pairs = static_cast<int64_t>(p.sequences) * p.value_heads;
-  return p.value_dim == 64 || 2 * pairs <= cuda_device().multiprocessors ? 1 : 2;
+  return p.value_dim == 64 || 2 * pairs <= multiprocessors(p) ? 1 : 2;
 }
 
 template <class Element, int K, int kRows, bool kSummary>
@@ -185,7 +107,7 @@ void run_scans(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream)
            LaunchKind::kOverlapping, stream, args);
   }
   // As many rows of S per block as leave no multiprocessor without work.
-  if (pairs * args.segments * (p.value_dim / 32) > cuda_device().multiprocessors) {
+  if (pairs * args.segments * (p.value_dim / 32) > multiprocessors(p)) {
     scan<Element, K, 64, false>(args, pairs * args.segments * (p.value_dim / 64), stream);
   } else {
     scan<Element, K, 32, false>(args, pairs * args.segments * (p.value_dim / 32), stream);
@@ -196,10 +118,10 @@ template <class Element, int K, class GateElement, KdaGate kGate>
 void run_pipe(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) {
   const Workspace place(p);
   uint8_t* base = args.images - place.images;
-  const int64_t scans = pipe_scans(p), images = chunk_bound(p) * p.value_heads;
-  check(scans < cuda_device().multiprocessors,
-        "kda_pipe: {} blocks scan, and this device has room for {} blocks at once", scans,
-        cuda_device().multiprocessors);
+  const int64_t scans = pipe_scans(p), images = chunk_bound<kChunk>(p) * p.value_heads;
+  check(scans < multiprocessors(p),
+        "kda_pipe: {} blocks scan, and this context has room for {} blocks at once", scans,
+        multiprocessors(p));
   check(images < (int64_t{1} << 31), "kda_pipe: {} images are too many for one launch", images);
   KdaPipe pipe{};
   pipe.drawn = reinterpret_cast<uint32_t*>(base + place.drawn);
@@ -211,11 +133,11 @@ void run_pipe(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) 
   check_cuda(cudaMemsetAsync(pipe.drawn, 0, place.bytes - place.drawn, stream), "words of kda_pipe");
   if (p.cu_seqlens != nullptr && images > 0) {
     pipe.order = reinterpret_cast<const int64_t*>(base + place.order);
-    launch(kda_pipe_order, "kda_pipe_order", divide_up(chunk_bound(p), 128), 128, 0, LaunchKind::kPlain,
-           stream, args.layout, reinterpret_cast<int64_t*>(base + place.order));
+    launch(kda_pipe_order, "kda_pipe_order", divide_up(chunk_bound<kChunk>(p), 128), 128, 0,
+           LaunchKind::kPlain, stream, args.layout, reinterpret_cast<int64_t*>(base + place.order));
   }
   const int64_t makers =
-      std::clamp<int64_t>(divide_up(images, PipeBlock<K>::kMakers), 1, cuda_device().multiprocessors - scans);
+      std::clamp<int64_t>(divide_up(images, PipeBlock<K>::kMakers), 1, multiprocessors(p) - scans);
   launch(kda_pipe<Element, K, GateElement, kGate>, "kda_pipe", scans + makers, PipeBlock<K>::kThreads,
          PipeBlock<K>::kBytes, LaunchKind::kTogether, stream, args, pipe);
 }
@@ -223,7 +145,7 @@ void run_pipe(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) 
 template <class Element, int K, class GateElement, KdaGate kGate>
 void run_gate(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) {
   const int64_t pairs = static_cast<int64_t>(p.sequences) * p.value_heads;
-  const int64_t images = chunk_bound(p) * p.value_heads;
+  const int64_t images = chunk_bound<kChunk>(p) * p.value_heads;
   if (fused(p)) {
     if (groups(p) == 1) {
       launch(kda_fused<Element, K, GateElement, kGate, 1>, "kda_fused", pairs * (p.value_dim / 64), 512,
@@ -267,6 +189,13 @@ void run(const KdaCudaParams& p, const KdaArgs& args, cudaStream_t stream) {
 }  // namespace
 }  // namespace cuda
 
+KdaCudaPlan kda_chunk_cuda_plan(const KdaCudaParams& params) {
+  validate(params);
+  if (cuda::fused(params)) return KdaCudaPlan::kFused;
+  if (cuda::piped(params)) return KdaCudaPlan::kPipe;
+  return cuda::segments(params) > 1 ? KdaCudaPlan::kSegments : KdaCudaPlan::kTwoKernels;
+}
+
 size_t kda_chunk_cuda_workspace(const KdaCudaParams& params) {
   validate(params);
   return cuda::Workspace(params).bytes;
@@ -281,27 +210,9 @@ void kda_chunk_cuda(const KdaCudaParams& p, void* workspace, size_t workspace_by
         "kda_chunk_cuda: the workspace must be aligned to 256 bytes");
   if (p.sequences == 0) return;
   uint8_t* base = static_cast<uint8_t*>(workspace);
-  cuda::KdaLayout layout{};
-  layout.sequences = p.sequences;
-  if (p.cu_seqlens == nullptr) {
-    layout.length = p.tokens / p.sequences;
-    layout.chunks_per_sequence = static_cast<int>(cuda::divide_up(layout.length, cuda::kChunk));
-  } else {
-    int32_t* offsets = reinterpret_cast<int32_t*>(base + place.offsets);
-    int64_t* starts = reinterpret_cast<int64_t*>(base + place.starts);
-    int64_t* chunks = reinterpret_cast<int64_t*>(base + place.chunks);
-    if (p.wide_seqlens) {
-      cuda::kda_chunk_table<<<1, 1024, 0, stream>>>(static_cast<const int64_t*>(p.cu_seqlens), p.sequences,
-                                                    offsets, starts, chunks);
-    } else {
-      cuda::kda_chunk_table<<<1, 1024, 0, stream>>>(static_cast<const int32_t*>(p.cu_seqlens), p.sequences,
-                                                    offsets, starts, chunks);
-    }
-    check_launch("kda_chunk_table");
-    layout.offsets = offsets;
-    layout.starts = starts;
-    layout.chunks = chunks;
-  }
+  const cuda::KdaLayout layout = cuda::make_layout<cuda::kChunk>(
+      p, reinterpret_cast<int32_t*>(base + place.offsets), reinterpret_cast<int64_t*>(base + place.starts),
+      reinterpret_cast<int64_t*>(base + place.chunks), stream);
   const cuda::KdaArgs args{.layout = layout,
                            .q = p.q.data,
                            .k = p.k.data,

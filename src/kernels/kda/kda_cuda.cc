@@ -20,18 +20,6 @@ void check_tokens(const CudaTokens& tokens, const char* name, int64_t width, Cud
         "KDA on the GPU: {} must be aligned to {} bytes at every token", name, alignment);
 }
 
-void check_states(const CudaStates& states, const char* name, const KdaCudaParams& p) {
-  if (states.data == nullptr) return;
-  check(states.type == CudaType::kF32 || states.type == CudaType::kBf16,
-        "KDA on the GPU: the {} state must be float32 or bfloat16", name);
-  const int64_t size = static_cast<int64_t>(p.value_heads) * p.value_dim * p.key_dim;
-  check(states.slot_stride >= size && (states.slot_stride % 2 == 0 || p.key_dim % 2 != 0),
-        "KDA on the GPU: slot stride of the {} state is {}, expected an even number of at least {}", name,
-        states.slot_stride, size);
-  check(reinterpret_cast<uintptr_t>(states.data) % 8 == 0,
-        "KDA on the GPU: the {} state must be aligned to 8 bytes", name);
-}
-
 // What does not depend on the kernel.
 void validate_common(const KdaCudaParams& p) {
   check(p.heads > 0 && p.value_heads > 0 && p.value_heads % p.heads == 0,
@@ -49,8 +37,8 @@ void validate_common(const KdaCudaParams& p) {
           "KDA on the GPU: lower bound {}, expected a negative number", p.lower_bound);
   check(std::isfinite(p.scale) && std::isfinite(p.beta_scale),
         "KDA on the GPU: scale {} and beta scale {} must be finite", p.scale, p.beta_scale);
-  check_states(p.initial, "initial", p);
-  check_states(p.final, "final", p);
+  validate_states(p.initial, "initial", p);
+  validate_states(p.final, "final", p);
 }
 
 // alignment: of the rows of q, k, v, out and a gate of their type.
@@ -67,6 +55,18 @@ void check_all_tokens(const KdaCudaParams& p, int64_t alignment) {
 
 }  // namespace
 
+void validate_states(const CudaStates& states, const char* name, const KdaCudaParams& p) {
+  if (states.data == nullptr) return;
+  check(states.type == CudaType::kF32 || states.type == CudaType::kBf16,
+        "KDA on the GPU: the {} state must be float32 or bfloat16", name);
+  const int64_t size = static_cast<int64_t>(p.value_heads) * p.value_dim * p.key_dim;
+  check(states.slot_stride >= size && (states.slot_stride % 2 == 0 || p.key_dim % 2 != 0),
+        "KDA on the GPU: slot stride of the {} state is {}, expected an even number of at least {}", name,
+        states.slot_stride, size);
+  check(reinterpret_cast<uintptr_t>(states.data) % 8 == 0,
+        "KDA on the GPU: the {} state must be aligned to 8 bytes", name);
+}
+
 void validate(const KdaCudaParams& p) {
   check(p.key_dim == 64 || p.key_dim == 128, "KDA on the GPU: key dimension {}, expected 64 or 128",
         p.key_dim);
@@ -77,6 +77,7 @@ void validate(const KdaCudaParams& p) {
   check(p.gate_type == p.type || p.gate_type == CudaType::kF32,
         "KDA on the GPU: the gate must be float32 or of the type of q");
   validate_common(p);
+  check(p.multiprocessors >= 0, "KDA on the GPU: {} multiprocessors", p.multiprocessors);
   check_all_tokens(p, 16);
   // The kernels multiply them in 32 bits.
   check(p.tokens < (int64_t{1} << 31), "KDA on the GPU: {} tokens, expected fewer than 2^31", p.tokens);

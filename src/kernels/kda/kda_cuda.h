@@ -60,8 +60,12 @@ struct KdaCudaParams {
   // kernel for all chunks in parallel and one for the scan; or the latter with each sequence cut into
   // segments, which are scanned side by side (docs/math/kda.md); or one cooperative launch with blocks for
   // chunks and blocks for the scan, side by side, which needs fewer than one block of 64 rows of the states
-  // per multiprocessor. kAuto takes what was measured to be faster.
+  // per multiprocessor. kAuto takes what was measured to be faster, and of plans that fit.
   KdaCudaPlan plan = KdaCudaPlan::kAuto;
+  // That the plan counts on, as the workspace is asked for and as it is used. 0: those of the current context
+  // (cuda_device()), which should be that of the stream; for a stream of a green context that is not current,
+  // the green context's.
+  int multiprocessors = 0;
 };
 
 // Tokens between two chunk states.
@@ -71,6 +75,11 @@ inline constexpr int kKdaCudaChunk = 64;
 // read).
 void validate(const KdaCudaParams& params);
 void validate_recurrent(const KdaCudaParams& params);  // for kda_recurrent_cuda
+// Of states, or of their gradients, that belong to the arguments.
+void validate_states(const CudaStates& states, const char* name, const KdaCudaParams& params);
+
+// Which plan that is: params.plan, or what kAuto takes.
+KdaCudaPlan kda_chunk_cuda_plan(const KdaCudaParams& params);
 
 // Bytes of workspace that kda_chunk_cuda needs (256-byte aligned).
 size_t kda_chunk_cuda_workspace(const KdaCudaParams& params);

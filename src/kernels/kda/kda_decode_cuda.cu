@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(kThreads, min_blocks(K / kSplit * K, kMulti))
 
   if (cluster > 1) {  // waited for below: then the others run, and their barriers may be reported to
     if (thread == 0) {
-      mbarrier_init(&shared.barriers[0], 1);
-      mbarrier_init(&shared.barriers[1], 1);
-      mbarrier_init_fence();
+      barrier_init(shared_address(&shared.barriers[0]), 1);
+      barrier_init(shared_address(&shared.barriers[1]), 1);
+      barrier_init_fence();
     }
     cluster_arrive_relaxed();
   }
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kThreads, min_blocks(K / kSplit * K, kMulti))
       uint64_t* barrier = &shared.barriers[t % 2];
       const int peer = thread % 32;
       if (peer < cluster) store_to_rank(&squares[rank][warp], barrier, peer, square);
-      if (thread == 0) mbarrier_expect(barrier, cluster * kWarps * sizeof(float));
-      mbarrier_wait(barrier, t / 2 % 2);
+      if (thread == 0) barrier_arrive_expect(shared_address(barrier), cluster * kWarps * sizeof(float));
+      cluster_barrier_wait(barrier, t / 2 % 2);
     } else {
       if (thread % 32 == 0) squares[0][warp] = square;
     }

@@ -11,7 +11,11 @@
 // of the norm goes into the factors of the tokens with beta. So A has ones on its diagonal, and where decays
 // are strong, neither A nor the newest keys are rounded (docs/notes/20261126-cuda-strong-decays.md).
 #pragma once
+#include "kernels/cuda/scalar.cuh"
+#include "kernels/kda/kda_gates_sm90.cuh"
+#include "kernels/kda/kda_inverse_sm90.cuh"
 #include "kernels/kda/kda_pairs_sm90.cuh"
+#include "kernels/kda/kda_sm90.cuh"
 
 namespace kilin::cuda {
 
@@ -44,7 +48,6 @@ struct ImageWarp {
   using Factors = typename Pairs::Factors;
   using Decay = typename Pairs::Decay;
   static constexpr int kSteps = K / 16;  // of 16 channels
-  static constexpr float kLog2e = 1.44269504f;
 
   const KdaArgs& args;
   int head;         // value head
@@ -54,9 +57,9 @@ struct ImageWarp {
   int first;        // token
   int length;       // 1 to 16
   int lane, g, t;
-  float log_speed;     // a_log
-  float factor, rate;  // of log2_decay
-  uint32_t raw_beta;   // of token lane % 16
+  float log_speed;  // a_log
+  GateCurve curve;
+  uint32_t raw_beta;  // of token lane % 16
 
   __device__ __forceinline__ ImageWarp(const KdaArgs& arguments, int value_head)
       : args(arguments),
@@ -134,55 +137,15 @@ struct ImageWarp {
     return place + matrix + ((lane >> 3) & 1) * 256 + (lane >> 4) * 128 + (lane & 7) * 16;
   }
 
-  // Squares of the rows of an A operand, added to the diagonal blocks of its product with its transpose.
-  __device__ __forceinline__ void add_squares(float (&upper)[4], float (&lower)[4],
-                                              const uint32_t (&x)[4]) const {
-    mma<Element>(upper, x, x[0], x[2]);
-    mma<Element>(lower, x, x[1], x[3]);
-  }
-  // Of rows g and g + 8: 1 / norm, from the diagonals.
-  __device__ __forceinline__ void inverse_norms(const float (&upper)[4], const float (&lower)[4],
-                                                float (&norm)[2]) const {
-    const int holder = (lane & ~3) | (g >> 1);
-    norm[0] = rsqrtf(__shfl_sync(~0u, (g & 1) != 0 ? upper[1] : upper[0], holder) + 1e-6f);
-    norm[1] = rsqrtf(__shfl_sync(~0u, (g & 1) != 0 ? lower[3] : lower[2], holder) + 1e-6f);
-  }
-
-  // log2 decays of tokens 2t, 2t + 1 (+ 8 half) and channel g (+ 8 n) of the step.
+  // log2 decays of a step, as raw_gates() lays them out.
   __device__ __forceinline__ void gates(int step, uint32_t at, float (&x)[2][2][2]) const {
-    if constexpr (sizeof(GateElement) == 2) {
-      uint32_t r[4];
-      ldmatrix_trans(r, at);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack<GateElement>(r[i]);
-        x[i >> 1][i & 1][0] = pair.x;
-        x[i >> 1][i & 1][1] = pair.y;
-      }
-    } else {
-      const float* rows = static_cast<const float*>(args.gate) +
-                          static_cast<int64_t>(first) * args.gate_stride + head * K + 16 * step + g;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int token = 2 * t + (i & 1) + 8 * ((i >> 1) & 1);
-        x[i >> 2][(i >> 1) & 1][i & 1] =
-            token < length ? rows[token * args.gate_stride + 8 * (i >> 2)] : 0.0f;
-      }
-    }
+    const float* rows = nullptr;
+    if constexpr (sizeof(GateElement) == 4)
+      rows = static_cast<const float*>(args.gate) + static_cast<int64_t>(first) * args.gate_stride +
+             head * K + 16 * step + g;
+    raw_gates<GateElement>(at, rows, args.gate_stride, t, length, x);
     const float* biases = reinterpret_cast<const float*>(shared + Image::kDecay) + 16 * step + g;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float bias = biases[8 * n] * factor;
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        x[n][i >> 1][i & 1] = log2_decay<kGate>(x[n][i >> 1][i & 1], bias, factor, rate);
-    }
-    if (length < kChunk) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (2 * t + (i & 1) + 8 * ((i >> 1) & 1) >= length) x[i >> 2][(i >> 1) & 1][i & 1] = 0.0f;
-      }
-    }
+    log2_decays<kGate>([&](int n) { return biases[8 * n]; }, curve, t, length, x);
   }
 
   template <Decay kDecay>
@@ -208,29 +171,11 @@ struct ImageWarp {
                                          const float2 (&columns)[2], uint32_t (&a)[4], uint32_t (&high)[4],
                                          uint32_t (&low)[4]) const {
     float* scratch = reinterpret_cast<float*>(shared + Image::kP);  // [16][16]
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        *reinterpret_cast<float2*>(scratch + (g + 8 * h) * 16 + 8 * n + 2 * t) = {l[n][2 * h],
-                                                                                  l[n][2 * h + 1]};
-    }
+    store_square<16>(scratch, g, t, l);
     __syncwarp();
     const int column = lane & 15;
     float x[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      float even = i == column ? 1.0f : 0.0f, odd = 0.0f;
-#pragma unroll
-      for (int j = 0; j < i; j += 4) {
-        const float4 row = *reinterpret_cast<const float4*>(scratch + i * 16 + j);
-        even = fmaf(-row.x, x[j], even);
-        if (j + 1 < i) odd = fmaf(-row.y, x[j + 1], odd);
-        if (j + 2 < i) even = fmaf(-row.z, x[j + 2], even);
-        if (j + 3 < i) odd = fmaf(-row.w, x[j + 3], odd);
-      }
-      x[i] = even + odd;
-    }
+    inverse_column<16>(scratch, column, x);
     __syncwarp();
     if (lane < 16) {
 #pragma unroll
@@ -253,12 +198,9 @@ struct ImageWarp {
 
   // What load began has arrived. Leaves the image, not yet visible to the asynchronous proxy.
   __device__ __forceinline__ void make() {
-    const float speed = __expf(log_speed);
-    factor = kGate == KdaGate::kBounded ? -speed * kLog2e : kLog2e;
-    rate = kGate == KdaGate::kBounded ? args.lower_bound * kLog2e : -speed;
-    float beta = float_of_bits(raw_beta, args.beta_type);
-    if (args.beta_is_logit && (lane & 15) < length) beta = 1.0f / (1.0f + __expf(-beta));
-    beta *= args.beta_scale;
+    curve = gate_curve(kGate, __expf(log_speed), args.lower_bound);
+    const float beta = beta_of(float_of_bits(raw_beta, args.beta_type),
+                               args.beta_is_logit && (lane & 15) < length, args.beta_scale);
     float k_norm[2] = {1.0f, 1.0f};
     Factors factors{{}, {1.0f, 1.0f}};
     if (args.l2norm) {
@@ -268,11 +210,11 @@ struct ImageWarp {
         uint32_t kr[4], qr[4];
         ldmatrix(kr, block(number) + to_keys(number));
         ldmatrix(qr, block(number) + kToQ);
-        add_squares(squares[0], squares[1], kr);
-        add_squares(squares[2], squares[3], qr);
+        Pairs::add_squares(squares[0], squares[1], kr);
+        Pairs::add_squares(squares[2], squares[3], qr);
       }
-      inverse_norms(squares[0], squares[1], k_norm);
-      inverse_norms(squares[2], squares[3], factors.q);
+      Pairs::inverse_norms(lane, squares[0], squares[1], k_norm);
+      Pairs::inverse_norms(lane, squares[2], squares[3], factors.q);
     }
     float* token_factors = reinterpret_cast<float*>(shared + Image::kFactor);
     float* rests = reinterpret_cast<float*>(shared + Image::kBytes);  // of the norms of k
@@ -347,8 +289,8 @@ struct ImageWarp {
     for (int n = 0; n < 2; ++n) columns[n] = *reinterpret_cast<const float2*>(rests + 8 * n + 2 * t);
     uint32_t a[4], high[4], low[4];
     invert(l, row_factors, columns, a, high, low);
-    const uint32_t packed_p[4] = {pack<Element>(p[0][0], p[0][1]), pack<Element>(p[0][2], p[0][3]),
-                                  pack<Element>(p[1][0], p[1][1]), pack<Element>(p[1][2], p[1][3])};
+    uint32_t packed_p[4];
+    pack_operand<Element>(&p[0][0], packed_p);
     stmatrix(square(Image::kP), packed_p);
     stmatrix(square(Image::kA), a);
     // Minus w in the place of k^ 2^G, four steps at once for the latencies.
@@ -365,8 +307,8 @@ struct ImageWarp {
         mma<Element>(w[1], low, b[i][2], b[i][3]);
         mma<Element>(w[0], high, b[i][0], b[i][1]);
         mma<Element>(w[1], high, b[i][2], b[i][3]);
-        const uint32_t packed[4] = {pack<Element>(w[0][0], w[0][1]), pack<Element>(w[0][2], w[0][3]),
-                                    pack<Element>(w[1][0], w[1][1]), pack<Element>(w[1][2], w[1][3])};
+        uint32_t packed[4];
+        pack_operand<Element>(&w[0][0], packed);
         stmatrix(block(step0 + i), packed);
       }
     }
@@ -387,17 +329,7 @@ __global__ void __launch_bounds__(kImageWarps * 32, 3)
   const int64_t chunk = number / args.value_heads;
   int64_t first;
   int length;
-  if (args.layout.chunks == nullptr) {
-    const int64_t sequence = chunk / args.layout.chunks_per_sequence;
-    const int64_t offset = (chunk % args.layout.chunks_per_sequence) * kChunk;
-    first = sequence * args.layout.length + offset;
-    length = static_cast<int>(min(static_cast<int64_t>(kChunk), args.layout.length - offset));
-  } else {
-    if (chunk >= args.layout.offsets[args.layout.sequences]) return;
-    const int64_t entry = args.layout.chunks[chunk];
-    first = entry & ((int64_t{1} << 56) - 1);
-    length = static_cast<int>(entry >> 56) + 1;
-  }
+  if (!locate_chunk<kChunk>(args.layout, chunk, first, length)) return;
   ImageWarp<Element, K, GateElement, kGate, 1> image(args, static_cast<int>(number % args.value_heads));
   image.load(shared + warp * Image::kPlace, static_cast<int>(first), length);
   copy_commit();

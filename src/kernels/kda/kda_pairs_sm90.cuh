@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decays of a chunk of 16 tokens, and what 16 channels of it add to the products of pairs of its tokens, in
-// the registers of one warp (kda_image_sm90.cuh).
+// Norms and decays of 16 tokens, and what 16 channels add to the products of pairs of them, in the registers
+// of one warp: a chunk of the chunk kernels (kda_image_sm90.cuh), a sub-chunk of the gradient kernels
+// (kda_backward_decays_sm90.cuh).
 //
 // Decays are split so that no operand overflows and nothing that matters underflows, for any gate. A decay
 // below 2^-24 per token counts as 2^-24 (the resolution of fp32). When a chunk decays by no more than 2^-104,
@@ -10,38 +11,29 @@
 // meet: exponents are at most 96 where i >= j, since one token changes G by no more than 24 (steep). Operands
 // are bf16, which has the range. What overflows above the diagonal is not looked at.
 #pragma once
-#include "kernels/kda/kda_sm90.cuh"
+#include <type_traits>
+
+#include "kernels/cuda/ptx.cuh"
 
 namespace kilin::cuda {
 
-// log2 of the decay of one token, at least -24. bias and rate: see ImageWarp.
-template <KdaGate kGate>
-__device__ __forceinline__ float log2_decay(float x, float bias, float factor, float rate) {
-  float y;
-  if constexpr (kGate == KdaGate::kSoftplus) {
-    // -e^A log2(1 + e^(x + b)) = rate (max(z, 0) + log2(1 + 2^-|z|)), z = (x + b) log2 e. The logarithm of 1
-    // + e as e times a polynomial (relative error 9e-6 on [0, 1]): what 1 + e loses would add up over a long,
-    // slow decay.
-    const float z = fmaf(x, factor, bias);
-    const float e = fast_exp2(-fabsf(z));
-    float tail = fmaf(e, -0.0344359092f, 0.1460329f);
-    tail = fmaf(e, tail, -0.303036213f);
-    tail = fmaf(e, tail, 0.469174087f);
-    tail = fmaf(e, tail, -0.720426142f);
-    tail = fmaf(e, tail, 1.44268286f);
-    y = rate * fmaf(e, tail, fmaxf(z, 0.0f));
-  } else if constexpr (kGate == KdaGate::kBounded) {
-    // lower_bound log2 e / (1 + e^(-e^A (x + b)))
-    y = rate * fast_reciprocal(1.0f + fast_exp2(fmaf(x, factor, bias)));
-  } else {
-    y = x * factor;
-  }
-  return fmaxf(y, -24.0f);
-}
-
-// g and t: lane / 4 and lane % 4.
-template <class Element>
+// g and t: lane / 4 and lane % 4. Element: of q and k; Out: of the operands that a step gives.
+template <class Element, class Out = Element>
 struct ChunkPairs {
+  // The squares of the rows of an A operand, added to the diagonal blocks of its product with its transpose.
+  __device__ __forceinline__ static void add_squares(float (&upper)[4], float (&lower)[4],
+                                                     const uint32_t (&x)[4]) {
+    mma<Element>(upper, x, x[0], x[2]);
+    mma<Element>(lower, x, x[1], x[3]);
+  }
+  // Of rows g and g + 8: 1 / norm, from the diagonals.
+  __device__ __forceinline__ static void inverse_norms(int lane, const float (&upper)[4],
+                                                       const float (&lower)[4], float (&norm)[2]) {
+    const int g = lane >> 2, holder = (lane & ~3) | (g >> 1);
+    norm[0] = rsqrtf(__shfl_sync(~0u, (g & 1) != 0 ? upper[1] : upper[0], holder) + 1e-6f);
+    norm[1] = rsqrtf(__shfl_sync(~0u, (g & 1) != 0 ? lower[3] : lower[2], holder) + 1e-6f);
+  }
+
   // Rows that sum over the tokens up to their own, as an A operand.
   __device__ __forceinline__ static void triangle(int g, int t, uint32_t (&ones)[4]) {
     ones[0] = pack<__nv_bfloat16>(2 * t <= g ? 1.0f : 0.0f, 2 * t + 1 <= g ? 1.0f : 0.0f);
@@ -119,13 +111,13 @@ struct ChunkPairs {
       row_k[i] = pack<__nv_bfloat16>(k[i][0] * up[0], k[i][1] * up[1]);
       row_q[i] = pack<__nv_bfloat16>(q[i][0] * up[0], q[i][1] * up[1]);
       column[i] = pack<__nv_bfloat16>(inverse[i][0], inverse[i][1]);
-      if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+      if constexpr (std::is_same_v<Out, __nv_bfloat16>) {
         o.k[i] = kShifted ? multiply_pair(row_k[i], pack<__nv_bfloat16>(kBack, kBack)) : row_k[i];
         o.q[i] = kShifted ? multiply_pair(row_q[i], pack<__nv_bfloat16>(kBack, kBack)) : row_q[i];
       } else {
         const float up0 = kShifted ? up[0] * kBack : up[0], up1 = kShifted ? up[1] * kBack : up[1];
-        o.k[i] = pack<Element>(k[i][0] * up0, k[i][1] * up1);
-        o.q[i] = pack<Element>(q[i][0] * up0, q[i][1] * up1);
+        o.k[i] = pack<Out>(k[i][0] * up0, k[i][1] * up1);
+        o.q[i] = pack<Out>(q[i][0] * up0, q[i][1] * up1);
       }
     }
 #pragma unroll
@@ -134,7 +126,7 @@ struct ChunkPairs {
                   end1 = __shfl_sync(~0u, last[2 * n + 1], 28 + t);
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        o.keys[2 * n + h] = pack<Element>(inverse[2 * n + h][0] * end0, inverse[2 * n + h][1] * end1);
+        o.keys[2 * n + h] = pack<Out>(inverse[2 * n + h][0] * end0, inverse[2 * n + h][1] * end1);
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -181,9 +173,9 @@ struct ChunkPairs {
         second_k[i] = h == 0 ? 0 : pack<__nv_bfloat16>(k[i][0] * own[0], k[i][1] * own[1]);
         second_q[i] = h == 0 ? 0 : pack<__nv_bfloat16>(q[i][0] * own[0], q[i][1] * own[1]);
         column[i] = pack<__nv_bfloat16>(k[i][0] * inverse[0], k[i][1] * inverse[1]);
-        o.k[i] = pack<Element>(k[i][0] * up[0], k[i][1] * up[1]);
-        o.q[i] = pack<Element>(q[i][0] * up[0], q[i][1] * up[1]);
-        o.keys[i] = pack<Element>(k[i][0] * down[0], k[i][1] * down[1]);
+        o.k[i] = pack<Out>(k[i][0] * up[0], k[i][1] * up[1]);
+        o.q[i] = pack<Out>(q[i][0] * up[0], q[i][1] * up[1]);
+        o.keys[i] = pack<Out>(k[i][0] * down[0], k[i][1] * down[1]);
       }
     }
     mma<__nv_bfloat16>(l[0], first_k, column[0], column[2]);

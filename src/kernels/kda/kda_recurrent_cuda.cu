@@ -3,6 +3,7 @@
 // lane.
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/scalar.cuh"
+#include "kernels/cuda/sequences.cuh"
 #include "kernels/kda/kda_recurrent_cuda.h"
 
 namespace kilin {
@@ -11,12 +12,7 @@ namespace {
 
 constexpr int kRowsPerBlock = 16;  // 4 warps of 4 rows
 
-__device__ __forceinline__ float sum_of_eight(float x) {
-#pragma unroll
-  for (int d = 1; d < 8; d *= 2) x += __shfl_xor_sync(~0u, x, d);
-  return x;
-}
-
+// In fp32, for one token after the other; log2_decay() (kda_gates_sm90.cuh) has what 16-bit operands need.
 __device__ __forceinline__ float log_decay(KdaGate kind, float x, float speed, float lower_bound) {
   switch (kind) {
     case KdaGate::kSoftplus:
@@ -71,8 +67,8 @@ struct Recurrence {
         q_square = fmaf(x.q[j], x.q[j], q_square);
         k_square = fmaf(x.k[j], x.k[j], k_square);
       }
-      q_norm *= rsqrtf(sum_of_eight(q_square) + 1e-6f);
-      k_norm = rsqrtf(sum_of_eight(k_square) + 1e-6f);
+      q_norm *= rsqrtf(lane_sum<8>(q_square) + 1e-6f);
+      k_norm = rsqrtf(lane_sum<8>(k_square) + 1e-6f);
     }
     float dot = 0.0f;
 #pragma unroll
@@ -81,14 +77,14 @@ struct Recurrence {
       dot = fmaf(s[j], x.k[j], dot);
     }
     const float beta = p.beta_scale * (p.beta_is_logit ? 1.0f / (1.0f + expf(-x.beta)) : x.beta);
-    const float written = beta * (x.v - k_norm * sum_of_eight(dot)) * k_norm;
+    const float written = beta * (x.v - k_norm * lane_sum<8>(dot)) * k_norm;
     float out = 0.0f;
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
       s[j] = fmaf(written, x.k[j], s[j]);
       out = fmaf(s[j], x.q[j], out);
     }
-    return q_norm * sum_of_eight(out);
+    return q_norm * lane_sum<8>(out);
   }
 };
 
@@ -120,15 +116,10 @@ __global__ void __launch_bounds__(128) kda_recurrent(const __grid_constant__ Kda
                  ? cuda::load(p.initial.data, p.initial.type, place(p.initial, from, j))
                  : 0.0f;
   }
-  const int64_t equal = p.tokens / p.sequences;
-  const auto offset = [&](int n) {
-    if (p.cu_seqlens == nullptr) return n * equal;
-    return p.wide_seqlens ? static_cast<const int64_t*>(p.cu_seqlens)[n]
-                          : int64_t{static_cast<const int32_t*>(p.cu_seqlens)[n]};
-  };
-  const int64_t end = offset(number + 1);
+  const Sequences sequences{p.cu_seqlens, p.wide_seqlens, p.sequences, p.tokens};
+  const int64_t end = sequences.begin(number + 1);
   Token<kOwn> now, next;
-  int64_t t = offset(number);
+  int64_t t = sequences.begin(number);
   if (t < end) x.load(t, next);
   for (; t < end; ++t) {
     now = next;

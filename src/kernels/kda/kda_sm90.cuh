@@ -20,6 +20,7 @@
 
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/kda/kda_cuda.h"
+#include "kernels/kda/kda_layout_sm90.cuh"
 
 namespace kilin::cuda {
 
@@ -36,18 +37,6 @@ struct KdaImage {
   static constexpr int kBytes = kFactor + kChunk * 4;
   static constexpr int kPlace = (kBytes + 1023) / 1024 * 1024;  // in shared memory
   static_assert(kBytes + kChunk * 4 <= kPlace);                 // room for what making an image needs
-};
-
-// Where a chunk or a sequence lies. offsets, starts and chunks are null when all sequences are `length`
-// tokens long.
-struct KdaLayout {
-  int sequences = 0;
-  int64_t length = 0;                // of every sequence
-  int chunks_per_sequence = 0;       // with length
-  const int32_t* offsets = nullptr;  // [N + 1] first chunk of each sequence
-  const int64_t* starts = nullptr;   // [N + 1] first token of each sequence
-  const int64_t* chunks =
-      nullptr;  // [chunks] first token and, in the top 8 bits, the number of tokens less one
 };
 
 struct KdaArgs {
@@ -74,45 +63,11 @@ struct KdaArgs {
   CudaType chunk_state_type;
 };
 
-// The sequence of a block.
-struct KdaSequence {
-  int64_t first;  // token
-  int64_t length;
-  int64_t chunk;  // first chunk
-  int chunks;
-};
-
-__device__ __forceinline__ KdaSequence kda_sequence(const KdaLayout& layout, int n) {
-  if (layout.offsets == nullptr) {
-    return {n * layout.length, layout.length, static_cast<int64_t>(n) * layout.chunks_per_sequence,
-            layout.chunks_per_sequence};
-  }
-  const int64_t first = layout.starts[n];
-  return {first, layout.starts[n + 1] - first, layout.offsets[n], layout.offsets[n + 1] - layout.offsets[n]};
-}
-
-// Byte offset of the 16-byte piece `piece` of row `row` in a swizzled matrix of kRows rows.
-template <int kRows>
-__device__ __forceinline__ uint32_t swizzled(int row, int piece) {
-  return (piece >> 3) * (kRows * 128) + row * 128 + (((piece & 7) ^ (row & 7)) << 4);
-}
-
 // Element [row][column] of a matrix whose rows lie `stride` elements apart. Rows and strides are in 32 bits
 // (validate() in kda_cuda.cc), so that this is one multiplication.
 template <class T>
 __device__ __forceinline__ const T* row_address(const T* matrix, int row, int64_t stride, int column = 0) {
   return matrix + static_cast<uint64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(stride) + column;
-}
-
-// A value in two steps, so that what comes between does not wait for the load.
-__device__ __forceinline__ uint32_t load_bits(const void* p, CudaType type, int64_t i) {
-  if (type == CudaType::kF32) return static_cast<const uint32_t*>(p)[i];
-  return static_cast<const uint16_t*>(p)[i];
-}
-__device__ __forceinline__ float float_of_bits(uint32_t bits, CudaType type) {
-  if (type == CudaType::kF32) return __uint_as_float(bits);
-  if (type == CudaType::kBf16) return __uint_as_float(bits << 16);
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
 }  // namespace kilin::cuda

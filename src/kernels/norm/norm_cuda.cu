@@ -19,13 +19,6 @@ constexpr int kBatch = 4;
 constexpr int kBackwardBatch = 2;
 constexpr int kBackwardBlocks = 528;  // 4 for each of an H100's 132 multiprocessors
 
-template <int kLanes>
-__device__ __forceinline__ float row_sum(float x) {
-#pragma unroll
-  for (int mask = kLanes / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
-  return x;
-}
-
 __device__ __forceinline__ int64_t offset(int64_t row, int heads, int64_t stride, int width) {
   const unsigned token = static_cast<unsigned>(row) / static_cast<unsigned>(heads);  // validate(): 31 bits
   return static_cast<int64_t>(token) * stride + (row - static_cast<int64_t>(token) * heads) * width;
@@ -83,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) gated_norm_kernel(const __grid_const
     float squares = 0.0f;
 #pragma unroll
     for (float value : x) squares = fmaf(value, value, squares);
-    const float r = rsqrtf(row_sum<kLanes>(squares) * (1.0f / kWidth) + p.eps);
+    const float r = rsqrtf(lane_sum<kLanes>(squares) * (1.0f / kWidth) + p.eps);
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
       x[c] *= r * w[c];
@@ -151,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       float squares = 0.0f;
 #pragma unroll
       for (float value : x) squares = fmaf(value, value, squares);
-      const float r = rsqrtf(row_sum<kLanes>(squares) * (1.0f / kWidth) + p.eps);
+      const float r = rsqrtf(lane_sum<kLanes>(squares) * (1.0f / kWidth) + p.eps);
       float product = 0.0f;
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
@@ -164,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         dy[c] *= value * w[c];  // h
         product = fmaf(dy[c], x[c], product);
       }
-      const float mean = row_sum<kLanes>(product) * (1.0f / kWidth);
+      const float mean = lane_sum<kLanes>(product) * (1.0f / kWidth);
 #pragma unroll
       for (int c = 0; c < 8; ++c) dy[c] = r * (dy[c] - x[c] * mean);
       if (row >= rows) continue;
@@ -193,7 +186,7 @@ __global__ void __launch_bounds__(32)
   for (int block = static_cast<int>(threadIdx.x); block < blocks; block += 32) {
     sum += partial[static_cast<int64_t>(block) * width + blockIdx.x];
   }
-  sum = row_sum<32>(sum);
+  sum = lane_sum<32>(sum);
   if (threadIdx.x == 0) d_weight[blockIdx.x] = sum;
 }
 
@@ -226,12 +219,7 @@ int64_t backward_blocks(const GatedNormCudaParams& p) {
 }
 
 void check_rows(const char* name, const void* data, int64_t stride, const GatedNormCudaParams& p) {
-  const int64_t width = static_cast<int64_t>(p.heads) * p.width;
-  check(
-      p.tokens == 0 || (data != nullptr && reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride >= width &&
-                        stride % 8 == 0),
-      "gated_rms_norm: {} is null, not aligned to 16 bytes, or its stride {} is no multiple of 8 from {} on",
-      name, stride, width);
+  cuda::check_rows("gated_rms_norm", name, data, stride, static_cast<int64_t>(p.heads) * p.width, p.tokens);
 }
 
 }  // namespace

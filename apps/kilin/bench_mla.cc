@@ -70,7 +70,9 @@ class Inputs {
     p_.value = options.value;
     p_.latent = options.latent;
     p_.scale = 1.0f / std::sqrt(static_cast<float>(options.nope + options.rope));
-    p_.cache_type = options.cache_type == "f16" ? Dtype::kF16 : Dtype::kF32;
+    p_.cache_type = options.cache_type == "f16"    ? Dtype::kF16
+                    : options.cache_type == "bf16" ? Dtype::kBF16
+                                                   : Dtype::kF32;
     p_.activations = options.activations == "exact" ? Activations::kExact : Activations::kRounded;
     p_.page_tokens = kPageTokens;
     p_.page_stride = p_.latent + p_.rope;
@@ -245,9 +247,9 @@ Command add_bench_mla(const App& parent) {
   add("--rope", options->rope, 0, 1024, "width of the keys that heads share");
   add("--value", options->value, 1, 1024, "width of a head's values");
   add("--latent", options->latent, 1, 4096, "width of the latent");
-  app.add_option("--cache-type", options->cache_type, "f16 or f32")
+  app.add_option("--cache-type", options->cache_type, "f16, bf16 or f32")
       .type_name("TYPE")
-      .check(one_of({"f16", "f32"}))
+      .check(one_of({"f16", "bf16", "f32"}))
       .capture_default_str();
   app.add_option("--order", options->order, "auto (as the engine chooses), absorbed or expanded")
       .type_name("NAME")

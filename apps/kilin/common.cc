@@ -77,10 +77,12 @@ void add_threads_option(const App& app, int& threads) {
 }
 
 void add_cache_options(const App& app, ModelArguments& arguments) {
-  app.add_option("--cache-type", arguments.cache_type,
-                 "keep positions of latent attention as f16 (half the memory) or f32 (exact)")
+  app.add_option(
+         "--cache-type", arguments.cache_type,
+         "keep positions of latent attention as f16 (half the memory), bf16 (as rounded attention reads "
+         "them), or f32 (exact); auto: bf16 where attention is rounded, else f16")
       .type_name("TYPE")
-      .check(one_of({"f16", "f32"}))
+      .check(one_of({"auto", "f16", "bf16", "f32"}))
       .capture_default_str()
       .group("Engine");
   app.add_option(

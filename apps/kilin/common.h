@@ -19,7 +19,7 @@ struct ModelArguments {
   std::string device = "cpu";
   std::string compatibility = "transformers";
   int64_t prefill_chunk = 2048;
-  std::string cache_type = "f16";
+  std::string cache_type = "auto";
   std::string activations = "auto";
   bool pin = false;
   std::vector<std::string> lora;  // DIR or DIR:SCALE

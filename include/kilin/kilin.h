@@ -37,8 +37,10 @@ struct ModelOptions {
   // "transformers" (the native class), "remote-code" (Moonshot's modeling_kimi.py) or "vllm".
   std::string compatibility = "transformers";
   // What a position of an MLA layer is kept in: "f16" takes half the memory and the time of reading it, "f32"
-  // is exact and takes any value (float16 ends at 65,504: beyond it prefill and decode throw).
-  std::string cache_type = "f16";
+  // is exact and takes any value (float16 ends at 65,504: beyond it prefill and decode throw). "bf16": as
+  // rounded latent attention reads it, faster; only where that is rounded (activations). "auto": "bf16"
+  // there, else "f16".
+  std::string cache_type = "auto";
   // "rounded": where this machine is faster at it (AVX-512 without AMX), products round their activations to
   // 8-bit integers with quantised weights, as llama.cpp has them everywhere, those of 17 tokens and more to
   // bfloat16 with BF16 weights, and latent attention is bfloat16. "exact": nowhere, so that prefill and

@@ -72,12 +72,18 @@ std::optional<Activations> activations_of(std::string_view name) {
   fail("activations: found '{}', expected auto, exact or rounded", name);
 }
 
+std::optional<Dtype> cache_type_of(std::string_view name) {
+  if (name == "auto") return std::nullopt;
+  if (name == "f16") return Dtype::kF16;
+  if (name == "bf16") return Dtype::kBF16;
+  if (name == "f32") return Dtype::kF32;
+  fail("cache type: found '{}', expected auto, f16, bf16 or f32", name);
+}
+
 EngineOptions engine_options(const ModelOptions& options) {
   check(options.threads >= 0 && options.threads <= 1024, "threads: found {}, expected 0 (all cores) to 1024",
         options.threads);
-  check(options.cache_type == "f16" || options.cache_type == "f32",
-        "cache type: found '{}', expected f16 or f32", options.cache_type);
-  return {options.threads, options.cache_type == "f16" ? Dtype::kF16 : Dtype::kF32, options.pin_threads,
+  return {options.threads, cache_type_of(options.cache_type), options.pin_threads,
           activations_of(options.activations)};
 }
 

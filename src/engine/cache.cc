@@ -19,15 +19,25 @@ constexpr std::align_val_t kPageAlignment{64};
 
 // What saved bytes begin with.
 struct SavedHeader {
-  uint32_t latent_bits;  // of one value
+  uint32_t latent_type;  // saved_type()
   uint32_t reserved = 0;
 };
+
+// float16 and float32 by their bits, as in files from before there was bfloat16.
+uint32_t saved_type(Dtype dtype) {
+  return dtype == Dtype::kBF16 ? 1016 : static_cast<uint32_t>(8 * dtype_size(dtype));
+}
+
+// As --cache-type has it.
+std::string type_option(uint32_t saved) {
+  return saved == saved_type(Dtype::kBF16) ? "bf16" : fmt::format("f{}", saved);
+}
 
 }  // namespace
 
 Cache::Cache(const Config& c, Dtype latent_type) : latent_type_(latent_type) {
-  check(latent_type == Dtype::kF16 || latent_type == Dtype::kF32, "cache type: found {}, expected F16 or F32",
-        dtype_name(latent_type));
+  check(latent_type == Dtype::kF16 || latent_type == Dtype::kBF16 || latent_type == Dtype::kF32,
+        "cache type: found {}, expected F16, BF16 or F32", dtype_name(latent_type));
   for (LayerKind kind : c.layers)
     index_.push_back(kind == LayerKind::kMla ? mla_layers_++ : linear_layers_++);
   if (linear_layers_ > 0) {
@@ -128,8 +138,9 @@ std::byte* Cache::row_at(int layer, int32_t slot, int64_t position) const {
 void Cache::store_latent(int layer, int32_t slot, int64_t position, const float* row) {
   if (mla_store_row(latent_type_, latent_width_, row, row_at(layer, slot, position))) return;
   const auto larger = [](float a, float b) { return std::abs(a) < std::abs(b) && std::isfinite(b); };
-  fail("layer {}: a latent of size {} is beyond float16's 65504: use a float32 cache (--cache-type f32)",
-       layer + 1, *std::max_element(row, row + latent_width_, larger));
+  fail("layer {}: a latent of size {} is beyond {}: use a float32 cache (--cache-type f32)", layer + 1,
+       *std::max_element(row, row + latent_width_, larger),
+       latent_type_ == Dtype::kF16 ? "float16's 65504" : "bfloat16's 3.39e38");
 }
 
 void Cache::load_latent(int layer, int32_t slot, int64_t position, float* row) const {
@@ -160,7 +171,7 @@ std::vector<std::byte> Cache::save(int32_t slot, int64_t tokens) const {
     std::memcpy(at, values, static_cast<size_t>(n));
     at += n;
   };
-  const SavedHeader header{static_cast<uint32_t>(8 * dtype_size(latent_type_))};
+  const SavedHeader header{saved_type(latent_type_)};
   put(&header, sizeof header);
   put(state_.data() + slot * state_stride(), state_stride() * static_cast<int64_t>(sizeof(float)));
   put(conv_.data() + slot * conv_stride(), conv_stride() * static_cast<int64_t>(sizeof(float)));
@@ -179,10 +190,10 @@ void Cache::check_saved(std::span<const std::byte> bytes) const {
   check(bytes.size() >= sizeof header, "sequence checkpoint: found {} bytes, expected at least {}",
         bytes.size(), sizeof header);
   std::memcpy(&header, bytes.data(), sizeof header);
-  const size_t bits = 8 * dtype_size(latent_type_);
-  check(header.latent_bits == bits,
-        "sequence checkpoint: latents of {} bits, this model keeps {} (--cache-type f{} reads it)",
-        header.latent_bits, bits, header.latent_bits);
+  const uint32_t own = saved_type(latent_type_);
+  check(header.latent_type == own,
+        "sequence checkpoint: latents in {0}, this model keeps {1} (--cache-type {0} reads it)",
+        type_option(header.latent_type), type_option(own));
 }
 
 void Cache::load(int32_t slot, int64_t tokens, std::span<const std::byte> bytes) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What sequences carry from token to token, by slot: fp32 states of KDA/GDN layers (V x K per head) and the
-// last inputs of their convolutions, both constant in length, and the latents of MLA layers (float16, or
-// float32 to be exact) in pages of kPageTokens rows. Pages are shared between copies of a sequence until one
-// of them writes.
+// last inputs of their convolutions, both constant in length, and the latents of MLA layers (float16,
+// bfloat16, or float32 to be exact) in pages of kPageTokens rows. Pages are shared between copies of a
+// sequence until one of them writes.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -21,7 +21,7 @@ class Cache {
  public:
   static constexpr int64_t kPageTokens = 256;
 
-  // latent_type: kF16 or kF32; throws Error for another.
+  // latent_type: kF16, kBF16 or kF32; throws Error for another.
   explicit Cache(const Config& config, Dtype latent_type = Dtype::kF16);
 
   int32_t acquire();  // a slot without a past

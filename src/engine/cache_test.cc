@@ -93,6 +93,7 @@ TEST(Cache, saved_bytes_restore_the_same_past) {
                               {Dtype::kF16, 1},
                               {Dtype::kF16, 256},
                               {Dtype::kF16, 257},
+                              {Dtype::kBF16, 300},
                               {Dtype::kF32, 513}}) {
     Cache cache(c, type);
     const int32_t a = cache.acquire();
@@ -140,7 +141,15 @@ TEST(Cache, saved_bytes_of_the_other_type_are_refused) {
   const auto bytes = half.save(a, 3);
   EXPECT_THROW(full.load(b, 3, bytes), Error);
   EXPECT_THROW(full.check_saved({}), Error);
-  EXPECT_THROW(Cache(c, Dtype::kBF16), Error);
+  const Cache bfloat(c, Dtype::kBF16);  // of as many bits
+  try {
+    bfloat.check_saved(bytes);
+    FAIL() << "took float16 for bfloat16";
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("latents in f16, this model keeps bf16"), std::string::npos)
+        << e.what();
+  }
+  EXPECT_THROW(Cache(c, Dtype::kQ8_0), Error);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include "base/cpu.h"
 #include "base/error.h"
+#include "kernels/mla/mla.h"
 #include "kernels/norm/norm.h"
 #include "model/blocks.h"
 
@@ -22,11 +23,29 @@ Activations default_activations(const LoadedModel& model) {
   return any_matrix(model, is_quantized) ? Activations::kRounded : Activations::kExact;
 }
 
+// Of the first MLA layer: all of a model are alike.
+bool rounds_latent_attention(const LoadedModel& model, Activations activations) {
+  const auto& layers = model.config().layers;
+  const auto mla = std::find(layers.begin(), layers.end(), LayerKind::kMla);
+  if (mla == layers.end()) return false;
+  const auto layer = static_cast<int>(mla - layers.begin());
+  return mla_rounds(model.latent_heads(layer).value_up.front().dtype, activations);
+}
+
+Dtype cache_type(const LoadedModel& model, const EngineOptions& options) {
+  const bool rounds =
+      rounds_latent_attention(model, options.activations.value_or(default_activations(model)));
+  check(rounds || options.cache_type != Dtype::kBF16 || model.config().count(LayerKind::kMla) == 0,
+        "cache type: found bf16, expected f16 or f32: latent attention of this model is not rounded on this "
+        "machine (--activations)");
+  return options.cache_type.value_or(rounds ? Dtype::kBF16 : Dtype::kF16);
+}
+
 }  // namespace
 
 Engine::Engine(LoadedModel model, const EngineOptions& options)
     : model_(std::move(model)),
-      cache_(model_.config(), options.cache_type),
+      cache_(model_.config(), kilin::cache_type(model_, options)),
       pool_(options.threads > 0 ? options.threads : physical_cores(), options.pin_threads),
       ops_(model_, cache_, pool_, options.activations.value_or(default_activations(model_))) {}
 

@@ -13,9 +13,11 @@
 namespace kilin {
 
 struct EngineOptions {
-  int threads = 0;                 // 0: the physical cores
-  Dtype cache_type = Dtype::kF16;  // of MLA latents: kF16, or kF32 to be exact
-  bool pin_threads = false;        // bind threads to cores (base/thread_pool.h)
+  int threads = 0;  // 0: the physical cores
+  // Of MLA latents: kF16, kF32 to be exact, or kBF16, only where latent attention is rounded. None: kBF16
+  // there (its rows need no conversion), else kF16.
+  std::optional<Dtype> cache_type = {};
+  bool pin_threads = false;  // bind threads to cores (base/thread_pool.h)
   // Of products, but for the router's, and of latent attention. None: rounded if a matrix is quantised.
   std::optional<Activations> activations = {};
 };

@@ -10,6 +10,10 @@
 namespace kilin {
 namespace {
 
+const char* cache_type_name(Dtype dtype) {
+  return dtype == Dtype::kF16 ? "float16" : dtype == Dtype::kBF16 ? "bfloat16" : "float32";
+}
+
 // Parameters and bytes by what a token reads of them.
 struct Totals {
   int64_t parameters = 0, bytes = 0;
@@ -62,7 +66,7 @@ std::vector<std::pair<std::string, std::string>> details(const Engine& engine, c
     d.emplace_back("latent attention",
                    fmt::format("{} heads, latent {}, key {} + {} shared, value {}", c.mla.heads, c.mla.latent,
                                c.mla.nope, c.mla.rope, c.mla.value));
-    d.emplace_back("latent cache", engine.cache().latent_type() == Dtype::kF16 ? "float16" : "float32");
+    d.emplace_back("latent cache", cache_type_name(engine.cache().latent_type()));
     d.emplace_back("positions", c.mla.use_rope ? fmt::format("RoPE, theta {}", c.mla.rope_theta) : "none");
     d.emplace_back("latent norm eps", fmt::format("{}", c.mla.latent_norm_eps));
   }
@@ -74,7 +78,8 @@ std::vector<std::pair<std::string, std::string>> details(const Engine& engine, c
                                          c.moe.renormalize ? "renormalised" : "not renormalised", c.moe.scale,
                                          c.moe.biased_weights ? "with" : "without"));
   }
-  d.emplace_back("activations", engine.rounds_activations() ? "rounded in products and latent attention" : "exact");
+  d.emplace_back("activations",
+                 engine.rounds_activations() ? "rounded in products and latent attention" : "exact");
   d.emplace_back("head", c.tied_head ? "tied to the embedding" : "own");
   for (const LoraAdapter& adapter : engine.model().lora().adapters()) {
     d.emplace_back("adapter",

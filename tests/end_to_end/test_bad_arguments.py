@@ -29,7 +29,7 @@ class BadArguments(TestCase):
     def test_values_that_no_run_can_have_are_wrong_usage(self):
         for option, value in (("--seed", "18446744073709551616"), ("--seed", "010"), ("--seed", "-1"), ("--seed", ""),
                               ("--max-tokens", "010"), ("--temperature", "1001"), ("--repetition-penalty", "1001"),
-                              ("--prefill-chunk", "1048577"), ("--cache-type", "bf16"), ("--activations", "8"), ("--stop", "")):
+                              ("--prefill-chunk", "1048577"), ("--cache-type", "f8"), ("--activations", "8"), ("--stop", "")):
             with self.subTest(option=option, value=value):
                 self.assert_wrong_usage(kilin("run", DOCS, "--prompt", "a", option, value), option)
         self.assert_wrong_usage(kilin("generate", DOCS), "generate")

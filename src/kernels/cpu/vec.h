@@ -97,6 +97,12 @@ KILIN_INLINE void store_f16(void* p, Vec v) {
 }
 #endif
 
+KILIN_INLINE Vec load_bf16(const void* p) {
+  VecHalfBits h;
+  std::memcpy(&h, p, sizeof h);
+  return reinterpret_cast<Vec>(__builtin_convertvector(h, VecUint) << 16);
+}
+
 // n in [0, kLanes] halves, the rest of the lanes zero / left alone in memory
 KILIN_INLINE Vec load_f16_part(const void* p, int n) {
   VecHalfBits h{};

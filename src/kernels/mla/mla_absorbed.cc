@@ -139,7 +139,7 @@ void Pass::run_pieces(const MlaParams& p, ThreadPool& pool) {
   if (active_isa() == Isa::kAmx && amx::mla_fits(p)) {
     kernel = &amx::mla_piece;
     floats = &amx::mla_piece_floats;
-  } else if (mla_rounds(p) && dpbf16::piece_fits(p)) {
+  } else if (mla_rounds(p.value_up->dtype, p.activations) && dpbf16::piece_fits(p)) {
     kernel = &dpbf16::piece;
     floats = &dpbf16::piece_floats;
   }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiled with AVX-512 (cmake/isa.cmake); runs only where base/cpu.h found it with bfloat16. The core of the
 // absorbed order with all of its operands rounded to bfloat16: as mla_absorbed_isa.cc, with two values of the
-// width (scores) or two keys (contexts) a step. Latents go from float16 to bfloat16 in registers.
+// width (scores) or two keys (contexts) a step. Latents go from float16 to bfloat16 in registers, if they are
+// not kept so.
 #include "kernels/mla/mla_dpbf16.h"
 #include "kernels/mla/mla_dpbf16_simd.h"
 
@@ -41,12 +42,19 @@ struct Block {
 constexpr int64_t whole_steps(int64_t width) { return (width + kStep - 1) / kStep * kStep; }
 KILIN_INLINE void ask(const char* line) { __builtin_prefetch(line, 0, 2); }
 
-// 32 float16 as bfloat16, in order
-KILIN_INLINE __m512i load_rounded(const char* p) { return round_pairs(load_f16(p), load_f16(p + 32)); }
+// How latents are kept: 32 of them, or 16 and zeros, as bfloat16 in order.
+struct Halves {
+  KILIN_INLINE __m512i load_step(const char* p) { return round_pairs(load_f16(p), load_f16(p + 32)); }
+  KILIN_INLINE __m512i load_half(const char* p) { return round_pairs(load_f16(p), zero()); }
+};
+struct BFloats {
+  KILIN_INLINE __m512i load_step(const char* p) { return _mm512_loadu_si512(p); }
+  KILIN_INLINE __m512i load_half(const char* p) { return _mm512_maskz_loadu_epi16(0xffff, p); }
+};
 
 // scores[r][0..2) = q[r] . keys 0 and 1; rows of q whole steps, zeros behind the width, which may end
 // half-way
-template <bool kPrefetch>
+template <class Type, bool kPrefetch>
 KILIN_INLINE void score_tile(int64_t width, const uint16_t* q, const char* key0, const char* key1,
                              float* scores, const char* ahead) {
   __m512 acc[2 * kRows];
@@ -66,11 +74,10 @@ KILIN_INLINE void score_tile(int64_t width, const uint16_t* q, const char* key0,
   };
   int64_t c = 0;
   for (; c + kStep <= width; c += kStep) {
-    step(c, load_rounded(key0 + 2 * c), load_rounded(key1 + 2 * c));
+    step(c, Type::load_step(key0 + 2 * c), Type::load_step(key1 + 2 * c));
     if constexpr (kPrefetch) ask(ahead + 2 * c);
   }
-  if (c < width)
-    step(c, round_pairs(load_f16(key0 + 2 * c), zero()), round_pairs(load_f16(key1 + 2 * c), zero()));
+  if (c < width) step(c, Type::load_half(key0 + 2 * c), Type::load_half(key1 + 2 * c));
   Vec sums[2 * kRows];
 #pragma GCC unroll 16
   for (int i = 0; i < 2 * kRows; ++i) sums[i] = reinterpret_cast<Vec>(acc[i]);
@@ -82,7 +89,7 @@ KILIN_INLINE void score_tile(int64_t width, const uint16_t* q, const char* key0,
 
 // context[r][0..32) += sum over keys of weights[r][key] latents[key], the 32 values in the order of lanes():
 // of eight, four in the first vector and four in the second
-template <bool kPrefetch>
+template <class Type, bool kPrefetch>
 KILIN_INLINE void context_tile(const Block& block, int64_t column, const uint16_t* weights, float* context,
                                int64_t context_stride, const char* ahead) {
   __m512 acc[kRows][2];
@@ -94,8 +101,8 @@ KILIN_INLINE void context_tile(const Block& block, int64_t column, const uint16_
   const char* const first = block.cache + 2 * column;
   const int64_t last = block.keys - 1;
   for (int64_t j = 0; j <= last; j += 2) {
-    const __m512i k0 = load_rounded(first + j * block.row_bytes);
-    const __m512i k1 = load_rounded(first + least(j + 1, last) * block.row_bytes);
+    const __m512i k0 = Type::load_step(first + j * block.row_bytes);
+    const __m512i k1 = Type::load_step(first + least(j + 1, last) * block.row_bytes);
     const __m512bh low = pairs_of(_mm512_unpacklo_epi16(k0, k1));
     const __m512bh high = pairs_of(_mm512_unpackhi_epi16(k0, k1));
 #pragma GCC unroll 8
@@ -142,6 +149,7 @@ Block block_at(const MlaPiece& t, int64_t begin) {
   return b;
 }
 
+template <class Type>
 void block_scores(const MlaPiece& t, Block& block, const Work& w) {
   const int64_t width = t.params->latent + t.params->rope;
   for (int64_t r = 0; r < t.rows; r += kRows) {
@@ -150,14 +158,15 @@ void block_scores(const MlaPiece& t, Block& block, const Work& w) {
       float* scores = w.scores + r * kMlaKeyBlock + j;
       const char* lines = block.take(kScoreLines);
       if (lines != nullptr) {
-        score_tile<true>(width, q, block.key(j), block.key(j + 1), scores, lines);
+        score_tile<Type, true>(width, q, block.key(j), block.key(j + 1), scores, lines);
       } else {
-        score_tile<false>(width, q, block.key(j), block.key(j + 1), scores, nullptr);
+        score_tile<Type, false>(width, q, block.key(j), block.key(j + 1), scores, nullptr);
       }
     }
   }
 }
 
+template <class Type>
 void block_contexts(const MlaPiece& t, Block& block, const Work& w) {
   const int64_t columns = t.params->latent;
   for (int64_t r = 0; r < t.rows; r += kRows) {
@@ -166,9 +175,9 @@ void block_contexts(const MlaPiece& t, Block& block, const Work& w) {
       float* context = t.context + r * columns + c;
       const char* lines = block.take((block.keys + 1) / 2);
       if (lines != nullptr) {
-        context_tile<true>(block, c, weights, context, columns, lines);
+        context_tile<Type, true>(block, c, weights, context, columns, lines);
       } else {
-        context_tile<false>(block, c, weights, context, columns, nullptr);
+        context_tile<Type, false>(block, c, weights, context, columns, nullptr);
       }
     }
   }
@@ -207,12 +216,15 @@ int64_t piece_floats(const MlaParams& p, int64_t rows) {
          mla_padded(padded);
 }
 
-void piece(const MlaPiece& t) {
+namespace {
+
+template <class Type>
+void piece_of(const MlaPiece& t) {
   const MlaParams& p = *t.params;
   const Work w = begin_piece(t);
   for (int64_t j = t.begin; j < t.end; j += kMlaKeyBlock) {
     Block block = block_at(t, j);
-    block_scores(t, block, w);
+    block_scores<Type>(t, block, w);
     for (int64_t r = 0; r < t.rows; ++r) {
       const SoftmaxRow row{w.tops + r, w.sums + r * kLanes, t.context + r * p.latent, p.latent};
       uint16_t* weights = w.weights + r * kWeightStride;
@@ -224,13 +236,19 @@ void piece(const MlaPiece& t) {
         std::memset(weights, 0, kMlaKeyBlock * sizeof(uint16_t));
       }
     }
-    block_contexts(t, block, w);
+    block_contexts<Type>(t, block, w);
   }
   order_contexts(t.rows, p.latent, t.context);
   for (int64_t r = 0; r < t.rows; ++r) {
     t.top[r] = w.tops[r] / kLog2E;
     t.sum[r] = reduce_add(load(w.sums + r * kLanes));
   }
+}
+
+}  // namespace
+
+void piece(const MlaPiece& t) {
+  t.params->cache_type == Dtype::kBF16 ? piece_of<BFloats>(t) : piece_of<Halves>(t);
 }
 
 }  // namespace kilin::dpbf16

@@ -57,6 +57,10 @@ struct Halves {
   static constexpr int64_t kBytes = 2;
   KILIN_INLINE Vec load_at(const char* row, int64_t c) { return load_f16(row + 2 * c); }
 };
+struct BFloats {
+  static constexpr int64_t kBytes = 2;
+  KILIN_INLINE Vec load_at(const char* row, int64_t c) { return load_bf16(row + 2 * c); }
+};
 
 // scores[r][k] = q[r] . key[k] over `width` values, whole vectors; a line of `ahead` every other step
 template <class Type, bool kPrefetch>
@@ -174,6 +178,7 @@ void block_scores(const MlaPiece& t, const Block& block, float* scores, Ahead& a
   if (block.widened == nullptr) {
     const Rows rows{block.cache, block.row_bytes};
     if (block.type == Dtype::kF16) return key_scores<Halves>(t, rows, 0, block.keys, scores, ahead);
+    if (block.type == Dtype::kBF16) return key_scores<BFloats>(t, rows, 0, block.keys, scores, ahead);
     return key_scores<Floats>(t, rows, 0, block.keys, scores, ahead);
   }
   const int64_t width = t.params->latent + t.params->rope;
@@ -223,6 +228,7 @@ void block_contexts(const MlaPiece& t, const Block& block, const float* scores, 
   if (block.widened == nullptr) {
     const Rows rows{block.cache, block.row_bytes};
     if (block.type == Dtype::kF16) return key_contexts<Halves>(t, rows, 0, block.keys, scores, ahead);
+    if (block.type == Dtype::kBF16) return key_contexts<BFloats>(t, rows, 0, block.keys, scores, ahead);
     return key_contexts<Floats>(t, rows, 0, block.keys, scores, ahead);
   }
   const int64_t columns = mla_padded(t.params->latent);
@@ -235,14 +241,14 @@ void block_contexts(const MlaPiece& t, const Block& block, const float* scores, 
 
 Block block_at(const MlaPiece& t, int64_t begin, float* widened) {
   const MlaParams& p = *t.params;
-  const int64_t element = p.cache_type == Dtype::kF16 ? 2 : 4;
+  const int64_t element = p.cache_type == Dtype::kF32 ? 4 : 2;
   const int64_t width = p.latent + p.rope;
   Block b{};
   b.keys = least(kMlaKeyBlock, t.end - begin);
   b.row_bytes = p.page_stride * element;
   b.cache = static_cast<const char*>(t.pages[begin / p.page_tokens]) + begin % p.page_tokens * b.row_bytes;
   b.type = p.cache_type;
-  if (width != mla_padded(width) || (element == 2 && !kReadsHalves)) b.widened = widened;
+  if (width != mla_padded(width) || (p.cache_type == Dtype::kF16 && !kReadsHalves)) b.widened = widened;
   return b;
 }
 
@@ -320,7 +326,7 @@ bool mla_store_half(int64_t n, const float* row, void* to) {
 }
 
 void mla_load_rows(Dtype type, int64_t n, int64_t width, const void* from, int64_t stride, float* to) {
-  const int64_t row_bytes = stride * (type == Dtype::kF16 ? 2 : 4);
+  const int64_t row_bytes = stride * (type == Dtype::kF32 ? 4 : 2);
   for (int64_t i = 0; i < n; ++i) {
     widen_row(type, width, static_cast<const char*>(from) + i * row_bytes, to + i * mla_padded(width));
   }

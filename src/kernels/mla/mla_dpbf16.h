@@ -44,9 +44,10 @@ constexpr int64_t query_floats(const MlaParams& p) {
          ((depth + kPanel) / 2 + kKeyStep + (kKeyStep + kPanel) / 2 + panels_of(p.value) * kPanel + 16);
 }
 
-// The core of the absorbed order, as mla_piece(), for float16 caches whose rows are whole vectors.
+// The core of the absorbed order, as mla_piece(), for float16 and bfloat16 caches whose rows are whole
+// vectors.
 constexpr bool piece_fits(const MlaParams& p) {
-  return p.cache_type == Dtype::kF16 && p.latent % kPanel == 0 && p.rope % 16 == 0;
+  return p.cache_type != Dtype::kF32 && p.latent % kPanel == 0 && p.rope % 16 == 0;
 }
 void piece(const MlaPiece& piece);
 int64_t piece_floats(const MlaParams& params, int64_t rows);

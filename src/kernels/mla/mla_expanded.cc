@@ -122,7 +122,7 @@ void mla_load_latents(const MlaParams& p, const MlaSequence& s, int64_t begin, i
 }
 
 void mla_expand(const MlaParams& p, const MlaSequence& s, ThreadPool& pool) {
-  if (mla_rounds(p)) return mla_expand_rounded(p, s, pool);
+  if (mla_rounds(p.value_up->dtype, p.activations)) return mla_expand_rounded(p, s, pool);
   static thread_local Expansion expansion;
   expansion.run(p, s, pool);
 }

@@ -13,10 +13,6 @@
 
 namespace kilin {
 
-bool mla_rounds(const MlaParams& p) {
-  return rounds(p.value_up->dtype, p.activations) && fast_bf16_products();
-}
-
 #if defined(__x86_64__)
 namespace {
 

@@ -8,8 +8,7 @@ namespace kilin {
 // The absorbed order for several sequences whose new tokens lie one after another.
 void mla_absorb(const MlaParams& params, const MlaSequence* sequences, int64_t count, ThreadPool& pool);
 void mla_expand(const MlaParams& params, const MlaSequence& sequence, ThreadPool& pool);
-// Whether this call is computed in bfloat16, and the expanded order then.
-bool mla_rounds(const MlaParams& params);
+// The expanded order where mla_rounds().
 void mla_expand_rounded(const MlaParams& params, const MlaSequence& sequence, ThreadPool& pool);
 // Cache rows [begin, end) of a sequence as float32, rows mla_padded(latent + rope) apart.
 void mla_load_latents(const MlaParams& params, const MlaSequence& sequence, int64_t begin, int64_t end,

@@ -167,13 +167,8 @@ TEST_P(MlaRounded, is_a_choice) {
     EXPECT_EQ(exact, problem.out());
   }
   for (const Dtype weights : {Dtype::kQ8_0, Dtype::kBF16}) {
-    MlaParams p;
-    WeightMatrix value;
-    value.dtype = weights;
-    p.value_up = &value;
-    EXPECT_FALSE(mla_rounds(p));
-    p.activations = Activations::kRounded;
-    EXPECT_EQ(mla_rounds(p), isa() == Isa::kAvx512 && fast_bf16_products());
+    EXPECT_FALSE(mla_rounds(weights, Activations::kExact));
+    EXPECT_EQ(mla_rounds(weights, Activations::kRounded), isa() == Isa::kAvx512 && fast_bf16_products());
   }
 }
 

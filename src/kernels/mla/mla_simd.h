@@ -75,6 +75,13 @@ KILIN_INLINE void widen_row(Dtype type, int64_t width, const char* from, float* 
   if (type == Dtype::kF16) {
     for (; c + kLanes <= width; c += kLanes) store(to + c, load_f16(from + c * 2));
     if (c < width) store(to + c, load_f16_part(from + c * 2, static_cast<int>(width - c)));
+  } else if (type == Dtype::kBF16) {
+    for (; c + kLanes <= width; c += kLanes) store(to + c, load_bf16(from + c * 2));
+    if (c < width) {
+      VecHalfBits part{};
+      std::memcpy(&part, from + c * 2, static_cast<unsigned>(width - c) * 2u);
+      store(to + c, load_bf16(&part));
+    }
   } else {
     for (; c + kLanes <= width; c += kLanes) {
       Vec v;

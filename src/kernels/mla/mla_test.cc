@@ -66,10 +66,10 @@ TEST_P(Mla, sharp_attention_neither_overflows_nor_loses_the_winner) {
   Problem problem(kShapes[0], {{300, 5}}, type(), 300.0, 3);
   // A score of size 300 x 4 is rounded by 1e-4, which is then the relative error of a weight.
   mla_absorbed(problem.params(), problem.sequence(), pool_);
-  problem.expect_exact("absorbed", 1e-5);
+  problem.expect_exact("absorbed", 1e-4);
   problem.forget();
   mla_expanded(problem.params(), problem.sequence(), pool_);
-  problem.expect_exact("expanded", 1e-5);
+  problem.expect_exact("expanded", 1e-4);
 }
 
 TEST_P(Mla, several_sequences_in_one_call_are_as_if_alone) {
@@ -122,14 +122,14 @@ TEST_P(Mla, any_split_of_a_prompt_gives_the_same) {
   EXPECT_LT(relative_difference(expected, whole.out()), 1e-5);
 }
 
-// Rounding moves a latent by at most 2^-11 of itself. A score is a sum of products of these, its error at
-// most 2^-11 times the sum of their sizes, but with independent signs the norm counts: q.c of standard
-// deviation 1 (scaled) moves by 2^-11 / sqrt(3) of it, a value by as much again: sqrt(2) 2^-11 / sqrt(3) in
-// the norm.
+// Rounding to float16 moves a latent by at most 2^-11 of itself, to bfloat16 by 2^-8. A score is a sum of
+// products of these, its error at most that times the sum of their sizes, but with independent signs the norm
+// counts: q.c of standard deviation 1 (scaled) moves by 2^-11 / sqrt(3) of it, a value by as much again:
+// sqrt(2) 2^-11 / sqrt(3) in the norm.
 TEST_P(Mla, a_half_precision_cache_costs_what_its_rounding_costs) {
-  if (type() != Dtype::kF16) return;
+  if (type() == Dtype::kF32) return;
   Problem problem(kShapes[5], {{120, 3}}, type(), 1.0, 11);
-  const double bound = std::sqrt(2.0 / 3.0) * 0x1p-11;
+  const double bound = std::sqrt(2.0 / 3.0) * (type() == Dtype::kF16 ? 0x1p-11 : 0x1p-8);
   mla_absorbed(problem.params(), problem.sequence(), pool_);
   problem.expect_exact("absorbed", bound, false);
   problem.forget();
@@ -139,14 +139,19 @@ TEST_P(Mla, a_half_precision_cache_costs_what_its_rounding_costs) {
 
 TEST_P(Mla, rows_of_the_cache_keep_what_their_type_can_hold) {
   const float large = type() == Dtype::kF16 ? 65519.0f : 3e38f;
+  // what the largest becomes, and the first that rounds to infinity
+  const float kept = type() == Dtype::kF16    ? 65504.0f
+                     : type() == Dtype::kBF16 ? to_float(to_bfloat16(large))
+                                              : large;
+  const float too_large = type() == Dtype::kF16 ? 65520.0f : 0x1.ffp127f;
   for (int64_t width : {1, 5, 16, 37}) {
     std::vector<float> row(static_cast<size_t>(width), 0.25f), back(row.size());
     std::vector<uint16_t> stored(2 * row.size(), 0);
     row.back() = -large;
     EXPECT_TRUE(mla_store_row(type(), width, row.data(), stored.data()));
     mla_load_row(type(), width, stored.data(), back.data());
-    EXPECT_EQ(back.back(), type() == Dtype::kF16 ? -65504.0f : -large);
-    row.back() = 65520.0f;  // the first that rounds to infinity
+    EXPECT_EQ(back.back(), -kept);
+    row.back() = too_large;
     EXPECT_EQ(mla_store_row(type(), width, row.data(), stored.data()), type() == Dtype::kF32);
     row.back() = std::numeric_limits<float>::infinity();
     EXPECT_TRUE(mla_store_row(type(), width, row.data(), stored.data())) << "nothing was lost";
@@ -211,7 +216,7 @@ TEST(MlaErrors, layouts_that_the_kernels_cannot_read_are_refused) {
   p.page_tokens = 64;
   p.page_stride = 8;
   mla_attention(p, pool);
-  p.cache_type = Dtype::kBF16;
+  p.cache_type = Dtype::kQ8_0;
   EXPECT_THROW(mla_attention(p, pool), Error);
   p.cache_type = Dtype::kF16;
   p.page_tokens = 65;

@@ -90,14 +90,14 @@ class Problem {
 
   // Writes row `position` of the first sequence's cache anew; the definition does not know of it.
   void store(int64_t position, const std::vector<float>& row) {
-    const int64_t words = p_.cache_type == Dtype::kF16 ? 1 : 2;
+    const int64_t words = p_.cache_type == Dtype::kF32 ? 2 : 1;
     auto& page = caches_.front()->pages[static_cast<size_t>(position / kPageTokens)];
     mla_store_row(p_.cache_type, width(), row.data(), page.data() + position % kPageTokens * width() * words);
   }
 
   void forget() { std::fill(out_.begin(), out_.end(), std::numeric_limits<float>::quiet_NaN()); }
 
-  // of the cache as it was before rounding (kF32) or as it is stored (kF16)
+  // of the cache as it was before rounding, or as it is stored
   std::vector<double> exact(bool rounded) const {
     std::vector<double> out(out_.size());
     for (size_t i = 0; i < sequences_.size(); ++i) {
@@ -163,10 +163,10 @@ class Problem {
     c.past = past;
     c.count = count;
     fill(c.exact, (past + count) * width(), 1.0);
-    const size_t words = p_.cache_type == Dtype::kF16 ? 1 : 2;
+    const size_t words = p_.cache_type == Dtype::kF32 ? 2 : 1;
     const auto row_words = static_cast<size_t>(width()) * words;
     for (int64_t t = 0; t < past + count; t += kPageTokens) {
-      // Rows that no query may see are NaN, as float16 and as float32; nothing may be read behind the page.
+      // Rows that no query may see are NaN in every type; nothing may be read behind the page.
       c.pages.emplace_back(kPageTokens * row_words, uint16_t{0x7fff});
       for (int64_t i = 0; i < std::min(kPageTokens, past + count - t); ++i) {
         EXPECT_TRUE(mla_store_row(p_.cache_type, width(), c.exact.data() + (t + i) * width(),
@@ -183,7 +183,7 @@ class Problem {
     const auto row = c.exact.begin() + j * width();
     std::vector<float> values(row, row + width());
     if (rounded) {
-      const size_t row_words = static_cast<size_t>(width()) * (p_.cache_type == Dtype::kF16 ? 1 : 2);
+      const size_t row_words = static_cast<size_t>(width()) * (p_.cache_type == Dtype::kF32 ? 2 : 1);
       mla_load_row(p_.cache_type, width(),
                    c.pages[static_cast<size_t>(j / kPageTokens)].data() +
                        static_cast<size_t>(j % kPageTokens) * row_words,
@@ -253,7 +253,7 @@ class IsaCacheTest : public ::testing::TestWithParam<std::tuple<Isa, Dtype>> {
 
 inline auto isas_and_caches() {
   return ::testing::Combine(::testing::ValuesIn(supported_isas().begin(), supported_isas().end()),
-                            ::testing::Values(Dtype::kF16, Dtype::kF32));
+                            ::testing::Values(Dtype::kF16, Dtype::kBF16, Dtype::kF32));
 }
 inline std::string isa_and_cache(const ::testing::TestParamInfo<std::tuple<Isa, Dtype>>& test) {
   return std::string(isa_name(std::get<0>(test.param))) + "_" +

@@ -49,15 +49,15 @@ int64_t pipe_scans(const KdaCudaParams& p) {
   return static_cast<int64_t>(p.sequences) * p.value_heads * (p.value_dim / kPipeRows);
 }
 
-// Whether images and scan run side by side in one launch. Measured (docs/notes/20261125-cuda-pipe.md): faster
-// than two kernels with 32 and 40 heads from 8,192 tokens on, slower with 2,048; not with sequences of
-// different lengths or smaller heads, which have not been timed.
-constexpr int kLeastPipeChunks = 512, kLeastPipePairs = 32;
+// Whether images and scan run side by side in one launch. Measured (docs/notes/20261126-cuda-pipe-wgmma.md):
+// faster than two kernels with 24 to 44 heads, the more the longer; a short pipe is not worth its beginning.
+// Sequences of different lengths, several sequences and smaller heads have not been timed.
+constexpr int kLeastPipeImages = 5120, kLeastPipePairs = 24;
 bool piped(const KdaCudaParams& p) {
   if (p.plan != KdaCudaPlan::kAuto) return p.plan == KdaCudaPlan::kPipe;
   return !fused(p) && segments(p) == 1 && p.cu_seqlens == nullptr && p.key_dim == 128 && p.value_dim == 128 &&
-         p.sequences == 1 && p.value_heads >= kLeastPipePairs && p.tokens >= kLeastPipeChunks * kChunk &&
-         pipe_scans(p) < multiprocessors(p);
+         p.sequences == 1 && p.value_heads >= kLeastPipePairs &&
+         chunk_bound<kChunk>(p) * p.value_heads >= kLeastPipeImages && pipe_scans(p) < multiprocessors(p);
 }
 
 // Words of KdaPipe::ready of one head.
@@ -78,7 +78,7 @@ struct Workspace {
     order = segment_starts + (parts > 1 ? aligned(pairs * parts * p.value_dim * p.key_dim * 4) : 0);
     drawn = order + (piped(p) && table ? aligned(chunk_bound<kChunk>(p) * 8) : 0);
     progress = drawn + (piped(p) ? 256 : 0);
-    ready = progress + (piped(p) ? aligned(pairs * kPipeParts * 4) : 0);
+    ready = progress + (piped(p) ? aligned(pairs * kPipeLine * 4) : 0);
     bytes = ready + (piped(p) ? aligned(p.value_heads * ready_words_per_head(p) * 4) : 0);
   }
 };

@@ -332,6 +332,8 @@ TEST(KdaCudaPlans, FitTheMultiprocessors) {
 
 TEST(KdaCudaPlans, AreThoseMeasured) {
   EXPECT_EQ(kda_chunk_cuda_plan(sized(32, 8192, 132)), KdaCudaPlan::kPipe);
+  EXPECT_EQ(kda_chunk_cuda_plan(sized(24, 8192, 132)), KdaCudaPlan::kPipe);
+  EXPECT_EQ(kda_chunk_cuda_plan(sized(32, 2048, 132)), KdaCudaPlan::kTwoKernels);
   EXPECT_EQ(kda_chunk_cuda_plan(sized(32, 8192, 64)), KdaCudaPlan::kFused);
   EXPECT_EQ(kda_chunk_cuda_plan(sized(96, 8192, 132)), KdaCudaPlan::kFused);
   EXPECT_EQ(kda_chunk_cuda_plan(sized(1, 131072, 132)), KdaCudaPlan::kSegments);

@@ -20,11 +20,15 @@ constexpr int kPipeRows = 64;   // of S that a block scans
 constexpr int kPipeParts = 2;   // blocks that scan one state, at most
 constexpr int kPipeRing = 32;   // places for images of a sequence and head
 constexpr int kPipeReport = 8;  // chunks between two reports of a scan's progress
-constexpr int kPipeNap = 250;   // ns that a maker sleeps for each chunk that its scan is behind
+constexpr int kPipeNap = 125;   // ns that a maker sleeps for each chunk that its scan is behind
+// Words between the progress of two sequences and heads: a line of 128 bytes each. All makers ask for these
+// words again and again; where those of all heads shared two lines, the questions queued at one place of the
+// L2, and reports and images behind them (docs/notes/20261126-cuda-pipe-wgmma.md).
+constexpr int kPipeLine = 32;
 
 struct KdaPipe {
   uint32_t* drawn;       // how many images makers have taken on
-  uint32_t* progress;    // [N][HV][kPipeParts] chunks whose images a scan has read
+  uint32_t* progress;    // [N][HV][kPipeLine], of which kPipeParts: chunks whose images a scan has read
   uint32_t* ready;       // [HV][words] a bit for each chunk whose image has been there; see ready_words
   const int64_t* order;  // [chunks] sequence << 32 | chunk of it, by time; null: sequences of one length
   int64_t words;         // per head
@@ -40,7 +44,7 @@ struct PipeBlock {
   using Scan = ScanBlock<K, kPipeRows, false>;
   static constexpr int kBytes =
       Scan::kBytes > kMakers* KdaImage<K>::kPlace ? Scan::kBytes : kMakers* KdaImage<K>::kPlace;
-  static_assert(kPipeRing > Scan::Stages::kStages + kPipeReport);
+  static_assert(kPipeRing > Scan::Stages::kStages + kPipeReport && kPipeParts <= kPipeLine);
 };
 
 // The image of a chunk and value head that is to be made.
@@ -95,13 +99,7 @@ __device__ __forceinline__ uint32_t draw(const KdaPipe& pipe, int lane) {
   return lane == 0 ? atomicAdd(pipe.drawn, 1u) : 0;
 }
 
-// By lane 0, once the bulk store of an image has been begun.
-__device__ __forceinline__ void announce(uint32_t* ready, uint32_t bit) {
-  bulk_wait();
-  set_bits_release(ready, bit);
-}
-
-// A warp makes images in `place` until none is left. One is announced while the next is begun.
+// A warp makes images in `place` until none is left.
 template <class Element, int K, class GateElement, KdaGate kGate>
 __device__ __forceinline__ void pipe_make(const KdaArgs& args, const KdaPipe& pipe, uint8_t* place) {
   using Image = KdaImage<K>;
@@ -109,22 +107,17 @@ __device__ __forceinline__ void pipe_make(const KdaArgs& args, const KdaPipe& pi
   const uint32_t images =
       pipe.order == nullptr ? pipe.images : args.layout.offsets[args.layout.sequences] * args.value_heads;
   PipeImage own = pipe_image(args, pipe, __shfl_sync(~0u, draw(pipe, lane), 0), images);
-  uint32_t* stored = nullptr;  // of the image under way to the L2
-  uint32_t stored_bit = 0;
   while (own.number < images) {
     const uint32_t next = draw(pipe, lane);
-    if (lane == 0) bulk_wait_read();
-    __syncwarp();
     ImageWarp<Element, K, GateElement, kGate, 1> image(args, own.head);
     image.load(place, own.first, own.length);
     copy_commit();
-    if (stored != nullptr && lane == 0) announce(stored, stored_bit);
     const PipeImage following = pipe_image(args, pipe, __shfl_sync(~0u, next, 0), images);
     if (following.number < images)
       prefetch_rows<Element, K, GateElement>(
           args, following.head, following.head / (args.value_heads / args.heads),
           static_cast<int>(following.first), static_cast<int>(following.first) + following.length, 0, 0);
-    const uint32_t* progress = pipe.progress + own.pair * kPipeParts + min(lane, parts - 1);
+    const uint32_t* progress = pipe.progress + own.pair * kPipeLine + min(lane, parts - 1);
     copy_wait<0>();
     __syncwarp();
     uint32_t seen = load_acquire(progress);
@@ -136,16 +129,17 @@ __device__ __forceinline__ void pipe_make(const KdaArgs& args, const KdaPipe& pi
     }
     async_proxy_fence_all();
     __syncwarp();
-    stored = own.ready;
-    stored_bit = 1u << (own.chunk & 31);
+    // Announced before the next is begun: makers have time to spare, a place in the ring has not.
     if (lane == 0) {
       bulk_store(args.images + (own.pair * kPipeRing + own.chunk % kPipeRing) * Image::kBytes, image.place,
                  Image::kBytes);
       bulk_commit();
+      bulk_wait();
+      set_bits_release(own.ready, 1u << (own.chunk & 31));
     }
+    __syncwarp();
     own = following;
   }
-  if (stored != nullptr && lane == 0) announce(stored, stored_bit);
 }
 
 // The warp that loads the images a block scans, and reports which have been read: those that scan are done
@@ -157,7 +151,7 @@ __device__ __forceinline__ void pipe_load_images(const KdaArgs& args, const KdaP
   using Image = KdaImage<K>;
   const int lane = threadIdx.x & 31;
   const uint8_t* images = args.images + work.pair(args) * kPipeRing * Image::kBytes;
-  uint32_t* progress = pipe.progress + work.pair(args) * kPipeParts + work.column / kPipeRows;
+  uint32_t* progress = pipe.progress + work.pair(args) * kPipeLine + work.column / kPipeRows;
   const uint32_t* words = ready_words(pipe, work.head, work.number, work.sequence.chunk);
   int ready = 0, stage = 0;
   uint32_t parity = 1;  // of the stage's having been read

@@ -4,6 +4,7 @@
 
   bench/vs_llama_cpp.py --llama-bench PATH [--cases prefill-2048,prefill-8192,decode-0,decode-16384]
                         [--types bf16,q8_0,q4_0] [--threads 2] [--files DIR] [--activations auto,exact,rounded]
+                        [--repeat 3] [--rounds 5] [--attempts 5]
 
 PATH is llama.cpp's llama-bench (measured with commit 3f545becc, built outside this repository with GGML_NATIVE=OFF and
 GGML_AVX2, GGML_FMA, GGML_F16C, GGML_BMI2, GGML_AVX512, GGML_AVX512_VNNI, GGML_AVX512_BF16 and GGML_AVX512_VBMI on: with

@@ -57,13 +57,41 @@ class GpuArray {
   size_t size_ = 0;
 };
 
+// Values as bytes of one of the GPU's types, each rounded to it, and back.
+template <class T>
+std::vector<uint8_t> encode(CudaType type, const std::vector<T>& values) {
+  const auto size = static_cast<size_t>(cuda_size(type));
+  std::vector<uint8_t> bytes(values.size() * size);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const auto x = static_cast<float>(values[i]);
+    const uint16_t bits = type == CudaType::kF16 ? to_float16(x).bits : to_bfloat16(x).bits;
+    std::memcpy(&bytes[size * i], type == CudaType::kF32 ? static_cast<const void*>(&x) : &bits, size);
+  }
+  return bytes;
+}
+
+template <class T>
+std::vector<T> decode(CudaType type, const std::vector<uint8_t>& bytes) {
+  const auto size = static_cast<size_t>(cuda_size(type));
+  std::vector<T> values(bytes.size() / size);
+  for (size_t i = 0; i < values.size(); ++i) {
+    float x = 0;
+    uint16_t bits = 0;
+    std::memcpy(type == CudaType::kF32 ? static_cast<void*>(&x) : &bits, &bytes[size * i], size);
+    if (type == CudaType::kF16) x = to_float(Float16{bits});
+    if (type == CudaType::kBf16) x = to_float(BFloat16{bits});
+    values[i] = x;
+  }
+  return values;
+}
+
 // Host values in one of the GPU's types, with their rounded values in double and a copy on the device.
 class TypedArray {
  public:
   TypedArray() = default;
-  TypedArray(CudaType type, std::vector<double> values) : type_(type), values_(std::move(values)) {
-    std::vector<uint8_t> bytes(values_.size() * cuda_size(type));
-    for (size_t i = 0; i < values_.size(); ++i) values_[i] = write(bytes.data(), i, values_[i]);
+  TypedArray(CudaType type, const std::vector<double>& values) : type_(type) {
+    const std::vector<uint8_t> bytes = encode(type, values);
+    values_ = decode<double>(type, bytes);
     device_ = GpuArray<uint8_t>(bytes);
   }
   const std::vector<double>& values() const { return values_; }
@@ -73,36 +101,9 @@ class TypedArray {
   std::vector<uint8_t> bytes() const { return device_.host(); }
   void assign(const std::vector<uint8_t>& bytes) { device_.assign(bytes); }
   // What is on the device now.
-  std::vector<double> now() const {
-    const std::vector<uint8_t> raw = bytes();
-    std::vector<double> result(values_.size());
-    for (size_t i = 0; i < result.size(); ++i) result[i] = read(raw.data(), i);
-    return result;
-  }
+  std::vector<double> now() const { return decode<double>(type_, bytes()); }
 
  private:
-  double read(const uint8_t* data, size_t i) const {
-    if (type_ == CudaType::kF32) return at<float>(data, i);
-    if (type_ == CudaType::kF16) return to_float(at<Float16>(data, i));
-    return to_float(at<BFloat16>(data, i));
-  }
-  double write(uint8_t* data, size_t i, double value) const {
-    const float single = static_cast<float>(value);
-    if (type_ == CudaType::kF32) {
-      std::memcpy(data + 4 * i, &single, 4);
-    } else {
-      const uint16_t bits = type_ == CudaType::kF16 ? to_float16(single).bits : to_bfloat16(single).bits;
-      std::memcpy(data + 2 * i, &bits, 2);
-    }
-    return read(data, i);
-  }
-  template <class T>
-  static T at(const uint8_t* data, size_t i) {
-    T value;
-    std::memcpy(&value, data + i * sizeof(T), sizeof(T));
-    return value;
-  }
-
   CudaType type_ = CudaType::kF32;
   std::vector<double> values_;
   GpuArray<uint8_t> device_;

@@ -121,7 +121,7 @@ TEST_F(KdaCuda, NegativeSlotsAreZeroAndKept) {
   GpuArray<int32_t> none(std::vector<int32_t>{-1, -1});
   device.params.initial.slots = device.params.final.slots = none.data();
   device.run();
-  EXPECT_LT(error(problem.out, decode(c.type, device.out.host()).data()), c.tolerance);
+  EXPECT_LT(error(problem.out, decode<float>(c.type, device.out.host()).data()), c.tolerance);
   EXPECT_EQ(device.pool.host(), before);
 }
 

@@ -25,33 +25,6 @@ inline float round_to(CudaType type, float x) {
   return type == CudaType::kF16 ? to_float(to_float16(x)) : to_float(to_bfloat16(x));
 }
 
-// Bytes of values in a type, and back.
-inline std::vector<uint8_t> encode(CudaType type, const std::vector<float>& values) {
-  const size_t size = static_cast<size_t>(cuda_size(type));
-  std::vector<uint8_t> bytes(values.size() * size);
-  for (size_t i = 0; i < values.size(); ++i) {
-    const uint16_t bits = type == CudaType::kF16 ? to_float16(values[i]).bits : to_bfloat16(values[i]).bits;
-    std::memcpy(&bytes[size * i], type == CudaType::kF32 ? static_cast<const void*>(&values[i]) : &bits,
-                size);
-  }
-  return bytes;
-}
-
-inline std::vector<float> decode(CudaType type, const std::vector<uint8_t>& bytes) {
-  const size_t size = static_cast<size_t>(cuda_size(type));
-  std::vector<float> values(bytes.size() / size);
-  for (size_t i = 0; i < values.size(); ++i) {
-    if (type == CudaType::kF32) {
-      std::memcpy(&values[i], &bytes[size * i], size);
-    } else {
-      uint16_t bits;
-      std::memcpy(&bits, &bytes[size * i], size);
-      values[i] = type == CudaType::kF16 ? to_float(Float16{bits}) : to_float(BFloat16{bits});
-    }
-  }
-  return values;
-}
-
 struct Case {
   std::vector<int> lengths;
   int heads = 2;
@@ -261,16 +234,16 @@ inline void expect_agreement(const Problem& problem, const char* name, KdaCudaPl
   const Case& c = problem.settings;
   Device device(problem, plan);
   device.run();
-  const std::vector<float> out = decode(c.type, device.out.host());
+  const std::vector<float> out = decode<float>(c.type, device.out.host());
   const double out_error = error(problem.out, out.data());
-  const std::vector<float> pool = decode(c.state_type, device.pool.host());
+  const std::vector<float> pool = decode<float>(c.state_type, device.pool.host());
   const size_t size = static_cast<size_t>(c.value_heads) * static_cast<size_t>(c.value_dim * c.key_dim);
   std::vector<float> final;
   for (const int32_t slot : device.slot_of)
     final.insert(final.end(), pool.begin() + static_cast<int64_t>(size) * slot,
                  pool.begin() + static_cast<int64_t>(size) * (slot + 1));
   const double state_error = error(problem.final, final.data());
-  const std::vector<float> chunk_states = decode(CudaType::kF32, device.chunk_states.host());
+  const std::vector<float> chunk_states = decode<float>(CudaType::kF32, device.chunk_states.host());
   const double chunk_error = error(problem.chunk_states, chunk_states.data());
   std::printf("%-28s %s out %.2e  state %.2e  chunk states %.2e\n", name,
               plan == KdaCudaPlan::kFused      ? "fused"

@@ -54,21 +54,23 @@ KILIN_INLINE void add_scaled(const typename Tokens::Dot (&dots)[Tokens::kCount][
   }
 }
 
-// Types add to sum[t] the products of one group of columns, whose first block of activations is b; of Q8_0
-// and Q4_0 the last group may have one block only.
-struct Q8_0 {
-  static constexpr Dtype kDtype = Dtype::kQ8_0;
+// Types add to sum[t] the products of one group of columns, whose first block of activations is b.
+
+// A group of two blocks of 32 columns with a scale each; the last one may have one block only. Type says how
+// many units a block has and adds the products of one.
+template <class Type>
+struct TwoBlocks {
   template <class Tokens>
   KILIN_INLINE void add_block(const uint8_t* scales, const uint8_t* units, int64_t b, const Tokens& tokens,
                               Rows (&sum)[Tokens::kCount]) {
     typename Tokens::Dot dots[Tokens::kCount][kParts];
-    start(dots, tokens, b, 128);
+    start(dots, tokens, b, Type::kOffset);
 #pragma GCC unroll 8
-    for (int u = 0; u < 8; ++u) {
+    for (int u = 0; u < Type::kUnits; ++u) {
       prefetch_ahead<Tokens>(units + u * packed::kUnitBytes);
       for (int p = 0; p < kParts; ++p) {
         const VecUint w = load_unit(units + u * packed::kUnitBytes + 4 * p * kLanes);
-        for (int t = 0; t < Tokens::kCount; ++t) dot_add(dots[t][p], w, tokens.x[t][b], u);
+        for (int t = 0; t < Tokens::kCount; ++t) Type::add_unit(dots[t][p], w, tokens.x[t][b], u);
       }
     }
     add_scaled(dots, scales, tokens, b, sum);
@@ -76,40 +78,29 @@ struct Q8_0 {
   template <class Tokens>
   KILIN_INLINE void add(const uint8_t* group, int64_t b, int64_t blocks, const Tokens& tokens,
                         Rows (&sum)[Tokens::kCount]) {
+    const uint8_t* units = group + 64;
     prefetch_ahead<Tokens>(group);
-    add_block(group, group + 64, b, tokens, sum);
-    if (b + 1 < blocks) add_block(group + 32, group + 64 + 8 * packed::kUnitBytes, b + 1, tokens, sum);
+    add_block(group, units, b, tokens, sum);
+    if (b + 1 < blocks) add_block(group + 32, units + Type::kUnits * packed::kUnitBytes, b + 1, tokens, sum);
   }
 };
 
-struct Q4_0 {
-  static constexpr Dtype kDtype = Dtype::kQ4_0;
-  template <class Tokens>
-  KILIN_INLINE void add_block(const uint8_t* scales, const uint8_t* units, int64_t b, const Tokens& tokens,
-                              Rows (&sum)[Tokens::kCount]) {
-    typename Tokens::Dot dots[Tokens::kCount][kParts];
-    start(dots, tokens, b, 8);
-#pragma GCC unroll 4
-    for (int u = 0; u < 4; ++u) {
-      prefetch_ahead<Tokens>(units + u * packed::kUnitBytes);
-      for (int p = 0; p < kParts; ++p) {
-        const VecUint w = load_unit(units + u * packed::kUnitBytes + 4 * p * kLanes);
-        const VecUint low = w & 0x0f0f0f0fu;
-        const VecUint high = (w >> 4) & 0x0f0f0f0fu;
-        for (int t = 0; t < Tokens::kCount; ++t) {
-          dot_add(dots[t][p], low, tokens.x[t][b], u);
-          dot_add(dots[t][p], high, tokens.x[t][b], u + 4);
-        }
-      }
-    }
-    add_scaled(dots, scales, tokens, b, sum);
+struct Q8_0 : TwoBlocks<Q8_0> {
+  static constexpr Dtype kDtype = Dtype::kQ8_0;
+  static constexpr int kUnits = 8, kOffset = 128;
+  template <class Dot, class Block>
+  KILIN_INLINE void add_unit(Dot& dot, VecUint w, const Block& x, int u) {
+    dot_add(dot, w, x, u);
   }
-  template <class Tokens>
-  KILIN_INLINE void add(const uint8_t* group, int64_t b, int64_t blocks, const Tokens& tokens,
-                        Rows (&sum)[Tokens::kCount]) {
-    prefetch_ahead<Tokens>(group);
-    add_block(group, group + 64, b, tokens, sum);
-    if (b + 1 < blocks) add_block(group + 32, group + 64 + 4 * packed::kUnitBytes, b + 1, tokens, sum);
+};
+
+struct Q4_0 : TwoBlocks<Q4_0> {
+  static constexpr Dtype kDtype = Dtype::kQ4_0;
+  static constexpr int kUnits = 4, kOffset = 8;
+  template <class Dot, class Block>
+  KILIN_INLINE void add_unit(Dot& dot, VecUint w, const Block& x, int u) {
+    dot_add(dot, w & 0x0f0f0f0fu, x, u);
+    dot_add(dot, (w >> 4) & 0x0f0f0f0fu, x, u + 4);
   }
 };
 

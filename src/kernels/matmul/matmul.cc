@@ -303,7 +303,7 @@ void run_piece(const Piece& piece, const std::byte* buffer, [[maybe_unused]] boo
                                           reinterpret_cast<const ActivationBlock*>(prepared));
 #if defined(__x86_64__)
     case Form::kRoundedDots:
-      return vnni::dot_bytes(job, piece.panels, reinterpret_cast<const ByteBlock*>(prepared));
+      return vnni::dot_integers(job, piece.panels, reinterpret_cast<const ByteBlock*>(prepared));
     case Form::kBytes:
       return vnni::matmul_bytes(job, piece.panels, piece.tokens, stream,
                                 reinterpret_cast<const ActivationBlock*>(prepared),

@@ -30,6 +30,6 @@ void matmul_bytes(const MatmulJob& job, PanelRange panels, TokenRange tokens, bo
 int64_t scratch_bytes();
 
 // The same for few tokens, all of the job's, each weight read once; x [tokens][cols / 32] in order.
-void dot_bytes(const MatmulJob& job, PanelRange panels, const ByteBlock* x);
+void dot_integers(const MatmulJob& job, PanelRange panels, const ByteBlock* x);
 
 }  // namespace kilin::vnni

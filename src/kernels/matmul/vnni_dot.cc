@@ -5,7 +5,7 @@
 
 namespace kilin::vnni {
 
-void dot_bytes(const MatmulJob& job, PanelRange panels, const ByteBlock* x) {
+void dot_integers(const MatmulJob& job, PanelRange panels, const ByteBlock* x) {
   avx512::dot_blocks(job, panels, x);
 }
 

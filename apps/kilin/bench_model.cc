@@ -6,6 +6,7 @@
 #include <cmath>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -200,10 +201,8 @@ struct DecodeRates {
   Rates share;   // of reading
   Rates reading;
 };
-DecodeRates measure_decode(const ModelBenchOptions& options, const Model& model, const Sequence& deep,
-                           double bytes_per_token) {
-  const auto tokens = random_tokens(options.tokens, model.info().vocab_size);
-  ThreadPool pool(threads_of(options.bench), options.model.pin);
+DecodeRates measure_decode(const ModelBenchOptions& options, const Sequence& deep,
+                           std::span<const int32_t> tokens, double bytes_per_token, ThreadPool& pool) {
   ReadProbe probe(pool);
   std::vector<double> rates, shares, readings;
   double before = probe.measure();
@@ -241,9 +240,10 @@ int run_decode(const ModelBenchOptions& options) {
   }
   const double bytes =
       decode_bytes(info, static_cast<double>(options.depth) + static_cast<double>(options.tokens + 1) / 2);
-  const DecodeRates rates = measure_decode(options, model, deep, bytes);
-  Machine machine = probe_machine(threads_of(options.bench), options.model.pin);
-  machine.read_bytes_per_second = rates.reading.median;
+  ThreadPool pool(threads_of(options.bench), options.model.pin);
+  const auto tokens = random_tokens(options.tokens, info.vocab_size);
+  const DecodeRates rates = measure_decode(options, deep, tokens, bytes, pool);
+  const Machine machine{pool.size(), rates.reading.median, measure_peak_flops(pool)};
   if (options.bench.json) {
     auto json = common_json("decode", options, info, rates.tokens, machine);
     json["depth"] = options.depth;

@@ -51,9 +51,7 @@ double ReadProbe::measure() {
 
 double measure_read_bandwidth(ThreadPool& pool) {
   ReadProbe probe(pool);
-  double best = 0;
-  for (int i = 0; i < kPasses; ++i) best = std::max(best, probe.measure());
-  return best;
+  return static_cast<double>(kProbeBytes) / best_seconds([&] { probe.measure(); });
 }
 
 double measure_peak_flops(ThreadPool& pool) {

@@ -116,8 +116,11 @@ class TensorWriter {
     QuantizationSums tensor;
     for (Worker& worker : workers_) tensor.add(std::exchange(worker.lost, {}));
     if (!complete || tensor.value == 0) return complete;
-    sums_[t.dtype].add(tensor);
+    QuantizationSums& sums = sums_[t.dtype];
+    sums.add(tensor);
     QuantizationLoss& loss = losses_[t.dtype];
+    loss.relative = sums.relative();
+    loss.of_bound = sums.of_bound;
     if (tensor.relative() > loss.worst) {
       loss.worst = tensor.relative();
       loss.worst_tensor = t.name;
@@ -125,14 +128,7 @@ class TensorWriter {
     return true;
   }
 
-  std::map<Dtype, QuantizationLoss> losses() const {
-    auto losses = losses_;
-    for (const auto& [dtype, sums] : sums_) {
-      losses[dtype].relative = sums.relative();
-      losses[dtype].of_bound = sums.of_bound;
-    }
-    return losses;
-  }
+  const std::map<Dtype, QuantizationLoss>& losses() const { return losses_; }
 
  private:
   struct Worker {
@@ -230,7 +226,7 @@ class TensorWriter {
   ThreadPool pool_;
   std::vector<Worker> workers_;
   std::map<Dtype, QuantizationSums> sums_;
-  std::map<Dtype, QuantizationLoss> losses_;  // the worst tensors, so far
+  std::map<Dtype, QuantizationLoss> losses_;
   std::vector<std::byte> buffer_;
 };
 

@@ -19,7 +19,8 @@ bool any_matrix(const LoadedModel& model, const Test& test) {
                      [&](const NamedWeight& w) { return w.view.shape.size() > 1 && test(w.view.dtype); });
 }
 
-Activations default_activations(const LoadedModel& model) {
+Activations activations(const LoadedModel& model, const EngineOptions& options) {
+  if (options.activations) return *options.activations;
   return any_matrix(model, is_quantized) ? Activations::kRounded : Activations::kExact;
 }
 
@@ -33,8 +34,7 @@ bool rounds_latent_attention(const LoadedModel& model, Activations activations) 
 }
 
 Dtype cache_type(const LoadedModel& model, const EngineOptions& options) {
-  const bool rounds =
-      rounds_latent_attention(model, options.activations.value_or(default_activations(model)));
+  const bool rounds = rounds_latent_attention(model, activations(model, options));
   check(rounds || options.cache_type != Dtype::kBF16 || model.config().count(LayerKind::kMla) == 0,
         "cache type: found bf16, expected f16 or f32: latent attention of this model is not rounded on this "
         "machine (--activations)");
@@ -45,9 +45,9 @@ Dtype cache_type(const LoadedModel& model, const EngineOptions& options) {
 
 Engine::Engine(LoadedModel model, const EngineOptions& options)
     : model_(std::move(model)),
-      cache_(model_.config(), kilin::cache_type(model_, options)),
+      cache_(model_.config(), cache_type(model_, options)),
       pool_(options.threads > 0 ? options.threads : physical_cores(), options.pin_threads),
-      ops_(model_, cache_, pool_, options.activations.value_or(default_activations(model_))) {}
+      ops_(model_, cache_, pool_, activations(model_, options)) {}
 
 bool Engine::rounds_activations() const {
   return any_matrix(model_, [&](Dtype dtype) { return rounds(dtype, ops_.activations()); });

@@ -90,9 +90,9 @@ class Problem {
 
   // Writes row `position` of the first sequence's cache anew; the definition does not know of it.
   void store(int64_t position, const std::vector<float>& row) {
-    const int64_t words = p_.cache_type == Dtype::kF32 ? 2 : 1;
     auto& page = caches_.front()->pages[static_cast<size_t>(position / kPageTokens)];
-    mla_store_row(p_.cache_type, width(), row.data(), page.data() + position % kPageTokens * width() * words);
+    mla_store_row(p_.cache_type, width(), row.data(),
+                  page.data() + static_cast<size_t>(position % kPageTokens) * words_of_row());
   }
 
   void forget() { std::fill(out_.begin(), out_.end(), std::numeric_limits<float>::quiet_NaN()); }
@@ -129,6 +129,9 @@ class Problem {
 
  private:
   int64_t width() const { return p_.latent + p_.rope; }
+  size_t words_of_row() const {  // of 16 bits
+    return static_cast<size_t>(width()) * dtype_size(p_.cache_type) / sizeof(uint16_t);
+  }
   void fill(std::vector<float>& v, int64_t n, double scale) {
     v.resize(static_cast<size_t>(n));
     for (float& x : v) x = static_cast<float>(scale * random_.normal());
@@ -163,8 +166,7 @@ class Problem {
     c.past = past;
     c.count = count;
     fill(c.exact, (past + count) * width(), 1.0);
-    const size_t words = p_.cache_type == Dtype::kF32 ? 2 : 1;
-    const auto row_words = static_cast<size_t>(width()) * words;
+    const size_t row_words = words_of_row();
     for (int64_t t = 0; t < past + count; t += kPageTokens) {
       // Rows that no query may see are NaN in every type; nothing may be read behind the page.
       c.pages.emplace_back(kPageTokens * row_words, uint16_t{0x7fff});
@@ -183,7 +185,7 @@ class Problem {
     const auto row = c.exact.begin() + j * width();
     std::vector<float> values(row, row + width());
     if (rounded) {
-      const size_t row_words = static_cast<size_t>(width()) * (p_.cache_type == Dtype::kF32 ? 2 : 1);
+      const size_t row_words = words_of_row();
       mla_load_row(p_.cache_type, width(),
                    c.pages[static_cast<size_t>(j / kPageTokens)].data() +
                        static_cast<size_t>(j % kPageTokens) * row_words,

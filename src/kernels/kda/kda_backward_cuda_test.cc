@@ -23,7 +23,7 @@ namespace {
 TypedArray filled(CudaType type, int64_t count, const std::function<float()>& next) {
   std::vector<double> values(static_cast<size_t>(count));
   for (double& x : values) x = static_cast<double>(next());
-  return {type, std::move(values)};
+  return {type, values};
 }
 
 struct Case {

@@ -11,7 +11,6 @@
 #include <random>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "kernels/cuda/gpu_test.h"
